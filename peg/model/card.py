@@ -1,0 +1,79 @@
+"""The model card: what a model is, what it was trained on and how, and how it is used."""
+
+from typing import Any
+
+from peg.config import Config
+from peg.model.encoder import Encoder
+
+_CARD = """---
+language: zh
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, retrieval, progressive-contrastive]
+---
+
+# {title}
+
+A Chinese text-embedding model of {dimension} dimensions, trained by progressive contrastive learning.
+
+| | |
+|---|---|
+| started from | `{encoder}` |
+| data | {data} |
+| training examples | {examples:,} |
+| optimizer steps | {steps:,} of {planned_steps:,}; weights of step {best_step:,} |
+| batch | {batch_size} queries, up to {num_negatives} hard negatives each, all other passages of the batch as negatives |
+| temperature | {temperature} |
+| weighting of negatives | {negatives} |
+| weighting of queries | {queries} |
+| pooling | {pooling}, then unit length |
+| prompts | query: `{query_prompt}`, passage: `{passage_prompt}` |
+| longest text | {max_length} tokens |
+
+## Use
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/of/this/folder")
+query = model.encode("{query_prompt}...")
+passages = model.encode(["{passage_prompt}..."])
+scores = passages @ query
+```
+
+With transformers alone: put the prompt before the text, take `AutoModel`'s `last_hidden_state`, {pooling_words}, and
+divide by the length of the vector.
+
+## Limits
+
+Trained on the data above and no other: outside its domains expect less. The embeddings repeat whatever bias the
+encoder and the data have.
+"""
+
+
+def model_card(config: Config, encoder: Encoder, summary: dict[str, Any], *, title: str, data: str) -> str:
+    """Markdown for the model folder's README.md; the same for the same training."""
+    train = config.train
+    return _CARD.format(
+        title=title,
+        dimension=encoder.dimension,
+        encoder=train.encoder if train.data else f"{config.base.source} ({config.base.num_layers or 'all'} layers)",
+        data=data,
+        batch_size=train.batch_size,
+        num_negatives=train.num_negatives,
+        temperature=train.temperature,
+        negatives=_ramp("a", train.weighting.negatives),
+        queries=_ramp("b", train.weighting.queries),
+        pooling=encoder.pooling,
+        pooling_words="its first row" if encoder.pooling == "cls" else "its mean over the real tokens",
+        query_prompt=encoder.prompts.query,
+        passage_prompt=encoder.prompts.passage,
+        max_length=encoder.max_length,
+        **{key: summary[key] for key in ("examples", "steps", "planned_steps", "best_step")},
+    )
+
+
+def _ramp(name: str, ramp: Any) -> str:
+    if ramp.shape == "constant" or ramp.start == ramp.end:
+        return f"{name} = {ramp.start}"
+    return f"{name} from {ramp.start} to {ramp.end}, {ramp.shape}"

@@ -1,0 +1,87 @@
+"""One training from texts to a model folder: what the DVC stage and `finetune` have in common."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peg.config import Train
+from peg.evaluate.beir import read_beir
+from peg.model.encoder import Encoder
+from peg.train.batches import steps_per_epoch
+from peg.train.data import Texts, write_training_data
+from peg.train.follow import Follower, Row, TrainingProgress
+from peg.train.loop import METRICS, write_task
+from peg.workspace import read_json
+
+Launch = Callable[[Path, Train], None]
+"""Runs peg.train.loop.run on every rank: launch(folder, config)."""
+
+_CURVE = (
+    "step progress loss learning_rate negative_exponent query_exponent grad_norm masked_share down_weighted_share "
+    "positive_score negative_score"
+).split()
+
+
+def train_model(
+    folder: Path,
+    texts: Texts,
+    *,
+    config: Train,
+    seed: int,
+    encoder: Encoder,
+    data_digest: str,
+    launch: Launch,
+    on_row: Callable[[Row], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train in `folder`, going on from a former run that was killed there; return the summary.
+
+    Leaves folder/final (the model) and folder/metrics.jsonl. on_row is called with every row of the latter.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dev = read_beir(Path(config.dev)) if config.dev else None
+    write_training_data(
+        folder,
+        texts,
+        dev,
+        encoder=encoder,
+        query_max_length=config.query_max_length,
+        passage_max_length=config.passage_max_length,
+    )
+    write_task(folder, config=config, seed=seed, encoder=Path(config.encoder), data_digest=data_digest)
+    num_steps = steps_per_epoch(len(texts.examples), batch_size=config.batch_size) * config.epochs
+    show = TrainingProgress(num_steps)
+
+    def pass_on(row: Row) -> None:
+        show(row)
+        on_row(row)
+
+    with Follower(folder / METRICS, pass_on):
+        launch(folder, config)
+    summary: dict[str, Any] = read_json(folder / "summary.json")
+    return summary
+
+
+def write_curves(metrics: Path, *, train_csv: Path, dev_csv: Path) -> None:
+    """Turn a training's rows into the two tables that reports and `dvc plots` read; no times in them."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    _write_csv(train_csv, _CURVE, [row for row in rows if "loss" in row])
+    dev = [{"step": row["step"], "ndcg_at_10": row["dev_ndcg_at_10"]} for row in rows if "dev_ndcg_at_10" in row]
+    _write_csv(dev_csv, ["step", "ndcg_at_10"], dev)
+
+
+def publish_model(final: Path, target: Path, *, card: str) -> None:
+    """Copy a finished model to where it is given out, with its card."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(final, target)
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
