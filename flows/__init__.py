@@ -1,0 +1,1 @@
+"""What runs when: the Prefect flow over DVC's stages, and the pages."""

@@ -32,7 +32,8 @@ class Base(Section):
     )
     revision: str | None = Field(description="commit of the hub's model; null with other sources")
     sha256: str | None = Field(
-        pattern=r"^[0-9a-f]{64}$", description="of the source's weights file; null accepts what is found, and reports it"
+        pattern=r"^[0-9a-f]{64}$",
+        description="of the source's weights file; null accepts what is found, and reports it",
     )
     vocabulary: Literal["chinese", "full"] = Field(
         description="'chinese' keeps the pieces of Chinese, Latin letters, digits and punctuation (unigram tokenizers)"
@@ -98,10 +99,16 @@ class Holdout(Section):
 class Data(Section):
     """What is trained and measured on."""
 
-    sources: tuple[Source, ...] = Field(min_length=1, strict=False, description="read in this order")
+    sources: tuple[Source, ...] = Field(strict=False, description="read in this order; at least one")
     clean: Clean
     holdout: Holdout
     shard_rows: int = Field(ge=1, description="rows of a Parquet shard")
+
+    @model_validator(mode="after")
+    def _there_is_a_source(self) -> "Data":
+        if not self.sources:
+            raise ValueError("sources is empty; at least one source is needed")
+        return self
 
 
 class Mining(Section):
@@ -154,7 +161,9 @@ class Train(Section):
     threads_per_worker: int = Field(ge=1, le=1024, description="CPU threads of a rank")
     max_failures: int = Field(ge=0, description="so often workers are started again after one dies (ray)")
     precision: Literal["fp32", "bf16"] = Field(description="of the encoder's products; scores are never below fp32")
-    data: str | None = Field(description="train on this JSONL of {query, pos, neg} as it is; null takes the mined pools")
+    data: str | None = Field(
+        description="train on this JSONL of {query, pos, neg} as it is; null takes the mined pools"
+    )
     dev: str | None = Field(description="folder in BEIR layout on which weights are chosen; null chooses none")
     encoder: str = Field(min_length=1, description="model folder or hub id that training starts from")
     epochs: int = Field(ge=1, description="passes over the queries")
@@ -180,7 +189,9 @@ class Train(Section):
     score_block: int = Field(ge=1, description="queries whose scores are in memory at once")
     eval_every: int = Field(ge=0, description="steps between looks at the dev set; 0 looks at the end alone")
     keep_best: bool = Field(description="give out the weights that did best on dev, instead of the last")
-    patience: int | None = Field(ge=1, description="stop after so many looks at dev without gain; null never stops early")
+    patience: int | None = Field(
+        ge=1, description="stop after so many looks at dev without gain; null never stops early"
+    )
     checkpoint_every: int = Field(ge=1, description="steps between checkpoints")
 
 
@@ -254,6 +265,15 @@ def parse(tree: dict[str, Any], *, origin: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(f"{origin}: {_fault_line(fault)}" for fault in error.errors())) from error
+
+
+def with_train(config: Config, changes: dict[str, Any]) -> Config:
+    """The same recipe with other values in its train section, checked like a file's."""
+    tree = config.model_dump(mode="json")
+    if changes.get("launcher") == "local":
+        changes = {**changes, "num_workers": 1}
+    tree["train"].update(changes)
+    return parse(tree, origin="the command line")
 
 
 def _fault_line(fault: Any) -> str:

@@ -27,7 +27,7 @@ class Hit:
     text: str
 
 
-def search(model_folder: Path, corpus: Path, query: str, *, k: int, index: Path = STATE / "index") -> list[Hit]:
+def search(model_folder: Path, corpus: Path, query: str, k: int, *, index: Path = STATE / "index") -> list[Hit]:
     """The k passages of a BEIR folder nearest to the query, best first; fewer if the corpus is smaller.
 
     Equal scores stand in the order of their ids. Embeddings are kept in `index` by weights and corpus, so that only the

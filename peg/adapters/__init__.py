@@ -1,0 +1,1 @@
+"""The only modules of the package that know Ray, MLflow and mteb."""

@@ -6,7 +6,7 @@ reaches a network. mteb's cache is written, and never read: it holds means alone
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from peg.errors import StageError
 from peg.evaluate import metrics
 from peg.evaluate.beir import RetrievalSet, digest
 from peg.evaluate.suite import Searched, TextEncoder
-from peg.mining.bm25 import BM25Index
 from peg.progress import Progress
 
 _SPLIT = "test"
@@ -51,6 +50,7 @@ def measure(
     per query are not mteb's.
     """
     task = FolderRetrieval(data)
+    task.load_data()  # what mteb loads itself it unloads again, and drops an instance's own metadata with it
     meta = model_meta(system, revision=revision, dense=encoder is not None)
     encoding = None if encoder is None else EncoderModel(encoder, data, meta=meta, batch_tokens=batch_tokens)
     model: Any = BM25Model(meta) if encoding is None else SearchEncoderWrapper(encoding)
@@ -93,7 +93,7 @@ class FolderRetrieval(AbsTaskRetrieval):
         self._data = data
         self.rankings: dict[str, dict[str, float]] = {}
 
-    def load_data(self, num_proc: int | None = None, **_: Any) -> None:
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002  (mteb's signature)
         """Fill the task from memory."""
         split = RetrievalSplitData(
             corpus=_table(self._data.corpus),
@@ -104,8 +104,13 @@ class FolderRetrieval(AbsTaskRetrieval):
         self.dataset = {"default": {_SPLIT: split}}
         self.data_loaded = True
 
-    def task_specific_scores(
-        self, scores: Any, qrels: Any, results: dict[str, dict[str, float]], hf_split: str, hf_subset: str
+    def task_specific_scores(  # the signature is mteb's
+        self,
+        scores: Any,  # noqa: ARG002
+        qrels: Any,  # noqa: ARG002
+        results: dict[str, dict[str, float]],
+        hf_split: str,  # noqa: ARG002
+        hf_subset: str,  # noqa: ARG002
     ) -> dict[str, float]:
         """Keep the rankings that mteb has just scored; there are no scores to add."""
         self.rankings = {key: dict(ranking) for key, ranking in results.items()}
@@ -138,7 +143,7 @@ class EncoderModel:
             kind.append(
                 self._encoder.encode(
                     texts,
-                    kind="query" if what == "query" else "passage",
+                    kind="passage",
                     batch_tokens=self._batch_tokens,
                     progress=progress,
                 )
@@ -164,10 +169,12 @@ class BM25Model:
     def __init__(self, meta: ModelMeta) -> None:
         self.mteb_model_meta = meta
         self._ids: list[str] = []
-        self._index: BM25Index | None = None
+        self._index: Any = None
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Build the index over a table of id and text."""
+        from peg.mining.bm25 import BM25Index  # jieba's dictionary is of no use to an encoder
+
         self._ids = list(corpus["id"])
         self._index = BM25Index.build(list(corpus["text"]))
 
@@ -204,7 +211,7 @@ def model_meta(system: str, *, revision: str, dense: bool) -> ModelMeta:
         public_training_code=None,
         public_training_data=None,
         framework=[],
-        similarity_fn_name="cosine" if dense else None,  # type: ignore[arg-type]  # it is converted
+        similarity_fn_name="cosine" if dense else None,
         use_instructions=dense,
         training_datasets=None,
         model_type=["dense" if dense else "sparse"],
@@ -215,7 +222,7 @@ def _table(texts: dict[str, str]) -> Dataset:
     return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
 
 
-def _check_means(ours: dict[str, float], theirs: dict[str, Any]) -> None:
+def _check_means(ours: Mapping[str, float], theirs: Mapping[str, Any]) -> None:
     faults = [f"{name} {ours[name]:.6f} and {theirs[name]:.6f}" for name in ours if _apart(ours[name], theirs[name])]
     if faults:
         raise StageError(f"our means and mteb's differ ({', '.join(faults)}); results that disagree are not written")

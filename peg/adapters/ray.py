@@ -6,6 +6,7 @@ checkpoint in the training's folder, which all nodes must see.
 
 import os
 import secrets
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,82 +21,118 @@ _OBJECT_STORE_BYTES = 100 << 20  # the loop passes file names, not tensors
 
 def launch(folder: Path, config: Train) -> None:
     """Train what `folder` says over config.num_workers workers, on RAY_ADDRESS or a Ray of its own."""
-    _environment()
+    own = not os.environ.get("RAY_ADDRESS")
+    _environment(own=own)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     try:
-        _connect(config)
+        _connect(config, own=own)
         use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
+        backend = "nccl" if use_gpu else "gloo"
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"folder": str(folder.resolve())},
+            train_loop_config={"folder": str(folder.resolve()), "backend": backend},
             scaling_config=ScalingConfig(
                 num_workers=config.num_workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": config.threads_per_worker, "GPU": int(use_gpu)},
             ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=_file_rendezvous() if own else TorchConfig(backend=backend),
             run_config=RunConfig(
-                name=folder.name,
+                name=f"{folder.parent.name}-{folder.name}",
                 storage_path=str((STATE / "ray" / "results").resolve()),
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
         )
         trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise StageError(f"training over Ray failed: {_cause(error)}") from error
     finally:
         ray.shutdown()
 
 
+def _file_rendezvous() -> Any:
+    """Leaves the process group to the workers: torch's own TCP store would listen on every interface."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class FileRendezvous(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Any]:
+            return Backend
+
+    return FileRendezvous()
+
+
 def _worker(task: dict[str, Any]) -> None:
     import ray.train
+    import torch.distributed as dist
+    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     from peg.model.distributed import Workers
     from peg.train import loop
 
-    loop.run(Path(task["folder"]), Workers(), device=get_device())
+    folder, context = Path(task["folder"]), ray.train.get_context()
+    if not dist.is_initialized():
+        meeting = folder / f"rendezvous-{broadcast_from_rank_zero(secrets.token_hex(8))}"
+        dist.init_process_group(
+            task["backend"],
+            init_method=f"file://{meeting}",
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+        )
+    loop.run(folder, Workers(), device=get_device())
     ray.train.report({})
 
 
-def _connect(config: Train) -> None:
+def _connect(config: Train, *, own: bool) -> None:
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
+    if own:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, config.num_workers * config.threads_per_worker + 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=str(_ray_folder()),
+        )
+    else:
         ray.init(log_to_driver=False)
-        return
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, config.num_workers * config.threads_per_worker + 1),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(_ray_folder()),
-    )
 
 
 def _ray_folder() -> Path:
     folder = (STATE / "ray").resolve()
-    if len(str(folder)) > _MAX_SOCKET_PATH:
-        return Path(tempfile.gettempdir()) / f"peg-ray-{os.getuid()}"
-    return folder
+    if len(str(folder)) <= _MAX_SOCKET_PATH:
+        return folder
+    private = Path(tempfile.gettempdir()) / f"peg-ray-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    if private.stat().st_uid != os.getuid() or private.is_symlink():
+        raise StageError(f"{private} belongs to somebody else; remove it, or set TMPDIR to a folder of your own")
+    return private
 
 
-def _environment() -> None:
+def _environment(*, own: bool) -> None:
     """Before Ray is imported: closed to others, and silent to the outside."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if not own:
+        return
     token = (STATE / "ray-token").resolve()
     token.parent.mkdir(parents=True, exist_ok=True)
     if not token.exists():
         descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    # Ray listens on the loopback alone where it knows that no other node will come; the variable's name is history.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
 
 
 def _cause(error: BaseException) -> str:

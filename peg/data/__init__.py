@@ -1,0 +1,1 @@
+"""From sources to tables: reading, cleaning, deduplication, splitting, storage."""

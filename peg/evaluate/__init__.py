@@ -1,0 +1,1 @@
+"""Metrics, significance, test sets and the report."""

@@ -34,7 +34,9 @@ class TextEncoder(Protocol):
         kind: Literal["query", "passage"],
         batch_tokens: int,
         progress: Progress | None = None,
-    ) -> NDArray[np.float32]: ...
+    ) -> NDArray[np.float32]:
+        """Embed texts: (N, D) unit rows in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Measure(Protocol):
         revision: str,
         batch_tokens: int,
         cache: Path | None,
-    ) -> Searched: ...
+    ) -> Searched:
+        """Search the whole set."""
+        ...
 
 
 @dataclass(frozen=True)

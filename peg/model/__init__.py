@@ -1,0 +1,1 @@
+"""The encoder, the loss and the step that differentiates it."""

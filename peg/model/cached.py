@@ -68,9 +68,7 @@ def accumulate_gradients(
     with torch.random.fork_rng(devices=devices):
         embedding_TD, kept = _embed(encoder, texts, micro_batches, settings)
         num_local = len(texts.query_position)
-        query_ND = scatter_rows(
-            embedding_TD[:num_local], texts.query_position, num_rows=texts.num_queries, group=group
-        )
+        query_ND = scatter_rows(embedding_TD[:num_local], texts.query_position, num_rows=texts.num_queries, group=group)
         loss = progressive_loss(
             query_ND,
             embedding_TD[num_local:],

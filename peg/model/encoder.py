@@ -5,8 +5,8 @@ text-embeddings-inference load what was trained here. This module needs torch an
 """
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ class Prompts:
     passage: str
 
     def of(self, kind: Kind) -> str:
+        """The prompt of that role."""
         return self.query if kind == "query" else self.passage
 
 
@@ -57,6 +58,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @classmethod
@@ -154,12 +156,14 @@ class Encoder(nn.Module):
 
     @property
     def pad_id(self) -> int:
+        """Token id that fills rows up; the mask hides it."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers folder: safetensors and JSON, byte for byte the same for the same weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder, safe_serialization=True)
+        with _quiet_transformers():
+            self.backbone.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
         write_json(
             folder / "modules.json",
@@ -231,16 +235,20 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
     return said
 
 
-class _quiet_transformers:
-    """transformers logs a table of absent or unused weights; the heads that we leave out are no news."""
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars, and its tables of heads that are absent or unused, which are no news."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("transformers.modeling_utils")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

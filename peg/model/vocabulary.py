@@ -6,13 +6,15 @@ there, and Chinese text reaches a tenth of them.
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peg.errors import InputError
 
 _WORD_START = "\u2581"
-_LATIN = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+_LATIN_RANKS = 20_000
+_ACRONYM_LETTERS = 4
+_LATIN = frozenset(string.ascii_letters + string.digits + string.punctuation + " °")
 # Ideographs and their marks; general and CJK punctuation, fullwidth forms; currency, letter-like and number signs,
 # arrows, mathematics, enclosed numbers, box and geometric signs.
 _CHINESE_RANGES = (
@@ -24,9 +26,17 @@ _CHINESE_RANGES = (
 _SINGLE_RANGES = ((0xA0, 0x17F), (0x1CD, 0x1DC), (0x1F8, 0x1F9), (0x391, 0x3C9), (0x1E3E, 0x1E3F), (0x3105, 0x312F))
 
 
-def is_chinese_piece(piece: str) -> bool:
-    """Whether text in Chinese, with the Latin words, numbers and signs that occur in it, needs a unigram piece."""
+def is_chinese_piece(piece: str, rank: int) -> bool:
+    """Whether Chinese text needs a unigram piece, with the Latin words, numbers and signs that occur in it.
+
+    rank: the piece's place in the vocabulary, the frequent ones first. Rare pieces of Latin letters are the words of
+    some European language, short ones in capitals (GDP, CEO) apart; without them a rare English word is spelt with
+    shorter pieces.
+    """
     text = piece.replace(_WORD_START, "")
+    num_letters = sum(character in string.ascii_letters for character in text)
+    if rank >= _LATIN_RANKS and num_letters > 1 and not (text.isupper() and num_letters <= _ACRONYM_LETTERS):
+        return False
     if all(character in _LATIN or _within(character, _CHINESE_RANGES) for character in text):
         return True
     return len(text) == 1 and _within(text, _SINGLE_RANGES)
@@ -36,8 +46,10 @@ def _within(character: str, ranges: tuple[tuple[int, int], ...]) -> bool:
     return any(low <= ord(character) <= high for low, high in ranges)
 
 
-def cut_vocabulary(backbone: Any, tokenizer: Any, *, keep: Callable[[str], bool]) -> tuple[Any, Any]:
-    """Keep the special tokens and the pieces that `keep` accepts, in their order.
+def cut_vocabulary(
+    backbone: Any, tokenizer: Any, *, keep: Callable[[str, int], bool], prompts: Sequence[str]
+) -> tuple[Any, Any]:
+    """Keep the special tokens, the prompts' pieces, and those that `keep(piece, rank)` accepts, in their order.
 
     backbone changes in place; returns it and a new tokenizer. Text made of kept pieces is cut into the same pieces
     as before. Raises InputError for a tokenizer that is not unigram: others build pieces from pieces by merges.
@@ -48,8 +60,9 @@ def cut_vocabulary(backbone: Any, tokenizer: Any, *, keep: Callable[[str], bool]
 
     tree = _tokenizer_tree(tokenizer)
     vocab = tree["model"]["vocab"]
-    specials = {token["id"]: token["content"] for token in tree["added_tokens"]}
-    kept = [i for i, (piece, _) in enumerate(vocab) if i in specials or i == tree["model"]["unk_id"] or keep(piece)]
+    needed = {token["id"] for token in tree["added_tokens"]} | {tree["model"]["unk_id"]}
+    needed.update(*(tokenizer(prompt)["input_ids"] for prompt in prompts))
+    kept = [rank for rank, (piece, _) in enumerate(vocab) if rank in needed or keep(piece, rank)]
     new_id = {old: new for new, old in enumerate(kept)}
     tree["model"]["vocab"] = [vocab[i] for i in kept]
     tree["model"]["unk_id"] = new_id[tree["model"]["unk_id"]]
@@ -58,7 +71,8 @@ def cut_vocabulary(backbone: Any, tokenizer: Any, *, keep: Callable[[str], bool]
     for token in (tree.get("post_processor") or {}).get("special_tokens", {}).values():
         token["ids"] = [new_id[i] for i in token["ids"]]
 
-    cut = PreTrainedTokenizerFast(
+    make_fast: Any = PreTrainedTokenizerFast
+    cut = make_fast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tree, ensure_ascii=False)),
         model_max_length=tokenizer.model_max_length,
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},

@@ -1,0 +1,1 @@
+"""Batches, the loop, checkpoints, and one training from texts to a model."""

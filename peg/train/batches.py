@@ -19,6 +19,7 @@ class Ragged:
 
     @classmethod
     def of(cls, lists: list[list[int]] | list[np.ndarray]) -> "Ragged":
+        """From lists in order."""
         offsets = np.concatenate([[0], np.cumsum([len(one) for one in lists], dtype=np.int64)])
         values = np.concatenate([np.asarray(one, dtype=np.int64) for one in lists]) if lists else np.zeros(0, np.int64)
         return cls(values=values, offsets=offsets.astype(np.int64))

@@ -62,12 +62,15 @@ class TrainingProgress:
         self._dev = ""
 
     def __call__(self, row: Row) -> None:
+        """Print what the row says, if it is time."""
         if "event" in row:
             self._progress.say(row["event"])
         elif "dev_ndcg_at_10" in row:
             self._dev = f"  dev nDCG@10 {row['dev_ndcg_at_10']:.4f}"
             self._progress.say(f"step {row['step']}:{self._dev}")
         elif row["step"] > self._step:
-            note = f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  a {row['negative_exponent']:+.2f}{self._dev}"
+            note = (
+                f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  a {row['negative_exponent']:+.2f}{self._dev}"
+            )
             self._progress.advance(row["step"] - self._step, note=note)
             self._step = row["step"]

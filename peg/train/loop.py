@@ -48,7 +48,9 @@ def write_task(folder: Path, *, config: Train, seed: int, encoder: Path, data_di
     )
 
 
-def run(folder: Path, group: Group, *, device: torch.device, after_step: Callable[[int], None] = lambda _: None) -> None:
+def run(
+    folder: Path, group: Group, *, device: torch.device, after_step: Callable[[int], None] = lambda _: None
+) -> None:
     """Train to the end; every rank calls this with the same folder.
 
     after_step(step) is called when a step and its checkpoint, if it has one, are complete.
@@ -164,9 +166,7 @@ class _Trainer:
 
     def _local_texts(self, batch: Batch) -> LocalTexts:
         """This rank's texts of a batch: dealt by tokens, the same on every rank."""
-        lengths = np.concatenate(
-            [self.data.queries.lengths(batch.query), self.data.passages.lengths(batch.passage)]
-        )
+        lengths = np.concatenate([self.data.queries.lengths(batch.query), self.data.passages.lengths(batch.passage)])
         self.tokens += int(lengths.sum())
         rank = share_by_tokens(lengths, world_size=self.group.world_size)
         num_queries = len(batch.query)
@@ -296,7 +296,9 @@ class _Trainer:
         rows_TD = torch.empty(len(mine), self.encoder.dimension, device=self.device)
         for batch in token_batches(lengths[mine], budget=self.config.micro_batch_tokens):
             ids = [table[row] for row in mine[batch]]
-            rows_TD[torch.from_numpy(batch)] = self.encoder(*pad_ids(ids, pad_id=self.encoder.pad_id, device=self.device))
+            rows_TD[torch.from_numpy(batch)] = self.encoder(
+                *pad_ids(ids, pad_id=self.encoder.pad_id, device=self.device)
+            )
         return scatter_rows(rows_TD, self._tensor(mine), num_rows=len(table), group=self.group)
 
     def _say(self, line: str) -> None:

@@ -19,10 +19,19 @@ from peg.workspace import read_json
 Launch = Callable[[Path, Train], None]
 """Runs peg.train.loop.run on every rank: launch(folder, config)."""
 
-_CURVE = (
-    "step progress loss learning_rate negative_exponent query_exponent grad_norm masked_share down_weighted_share "
-    "positive_score negative_score"
-).split()
+_CURVE = [
+    "step",
+    "progress",
+    "loss",
+    "learning_rate",
+    "negative_exponent",
+    "query_exponent",
+    "grad_norm",
+    "masked_share",
+    "down_weighted_share",
+    "positive_score",
+    "negative_score",
+]
 
 
 def train_model(

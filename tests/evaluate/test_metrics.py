@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peg.evaluate import metrics
@@ -80,6 +80,7 @@ def test_metrics_equal_pytrec_eval(rankings: dict[str, dict[str, float]], judged
         assert found[query_id]["mrr_at_10"] == pytest.approx(row["recip_rank"] * (row["recip_rank"] >= 0.1), abs=1e-12)
 
 
+@settings(deadline=None, max_examples=20)  # mteb takes seconds to import
 @given(rankings=st.dictionaries(st.sampled_from(["q1", "q2"]), RANKINGS.filter(bool), min_size=2), judged=JUDGED)
 def test_means_equal_mteb(rankings: dict[str, dict[str, float]], judged: dict[str, int]) -> None:
     module = pytest.importorskip("mteb._evaluators.retrieval_metrics")

@@ -38,9 +38,7 @@ def test_closed_form_equals_autograd_of_the_naive_loss(a: float, b: float, margi
     query, passage = unit(N, 1).requires_grad_(), unit(M, 2).requires_grad_()
     expected = naive_loss(query, passage, POSITIVE, MASKED, temperature=TEMPERATURE, a=a, b=b, margin=margin)
     expected.backward()
-    found = fast(
-        query.detach(), passage.detach(), columns(POSITIVE, MASKED), exponents=Exponents(a, b), margin=margin
-    )
+    found = fast(query.detach(), passage.detach(), columns(POSITIVE, MASKED), exponents=Exponents(a, b), margin=margin)
     assert found.loss == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(found.grad_query_ND, query.grad, atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(found.grad_passage_MD, passage.grad, atol=1e-12, rtol=1e-10)

@@ -1,0 +1,123 @@
+"""Training on own data, without any of the platform: a JSONL of {query, pos, neg} in, a model folder out.
+
+    import peg
+    folder = peg.finetune("pairs.jsonl", encoder="intfloat/multilingual-e5-small", output="models/mine", epochs=2)
+    vectors = peg.Encoder.load(str(folder)).encode(["..."], kind="query", batch_tokens=8192)
+
+A row is {"query": "...", "pos": ["...", ...], "neg": ["...", ...]}; neg may be absent or empty: then the other
+passages of the batch are the only negatives.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peg.config import Config, with_train
+from peg.data.clean import normalise
+from peg.data.readers import read_jsonl
+from peg.errors import InputError
+from peg.model.card import model_card
+from peg.model.encoder import Encoder, Prompts
+from peg.records import Reject
+from peg.train.batches import Examples, Ragged
+from peg.train.data import Texts, known_positives
+from peg.train.local import launch
+from peg.train.run import METRICS, publish_model, train_model, write_curves
+from peg.workspace import STATE, file_sha256, key_of
+
+
+def finetune(data: str | Path, *, encoder: str, output: str | Path, **train: Any) -> Path:
+    """Train `encoder` (folder or hub id) on a JSONL; return the model's folder.
+
+    Any further keyword is a parameter of params.yaml's train section (`peg schema`), over those of the recipe
+    `finetune`. A run that was killed goes on where it was when called again with the same arguments.
+    Raises InputError for rows, parameters or models that cannot be used.
+    """
+    from peg.recipes import load_recipe
+
+    config = with_train(load_recipe("finetune"), {**train, "data": str(data), "encoder": encoder})
+    return finetune_with(config, output=Path(output))
+
+
+def finetune_with(config: Config, *, output: Path) -> Path:
+    """Train as the recipe says on train.data, in this process; return the model's folder.
+
+    In the model's folder also stand train_curve.csv, dev_curve.csv and, if rows were dropped, rejects.jsonl.
+    """
+    if config.train.data is None:
+        raise InputError("train.data is null; give the path of a JSONL of {query, pos, neg}")
+    data = Path(config.train.data)
+    texts, rejects = _read(data)
+    said = config.base
+    known = Path(config.train.encoder)
+    encoder = Encoder.load(
+        config.train.encoder,
+        pooling=None if (known / "1_Pooling").is_dir() else said.pooling,
+        prompts=None if (known / "config_sentence_transformers.json").is_file() else _prompts(config),
+    )
+    start = STATE / "work" / "finetune" / key_of({str(data): file_sha256(data)}, config.model_dump(mode="json"))
+    encoder.save(start / "start")
+    local = with_train(config, {"encoder": str(start / "start"), "launcher": "local"})
+    summary = train_model(
+        start / "training",
+        texts,
+        config=local.train,
+        seed=config.seed,
+        encoder=encoder,
+        data_digest=file_sha256(data),
+        launch=launch,
+    )
+    card = model_card(config, encoder, summary, title=output.name, data=data.name)
+    publish_model(start / "training" / "final", output, card=card)
+    write_curves(start / "training" / METRICS, train_csv=output / "train_curve.csv", dev_csv=output / "dev_curve.csv")
+    if rejects:
+        lines = [json.dumps(vars(reject), ensure_ascii=False) for reject in rejects]
+        (output / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return output
+
+
+def _read(path: Path) -> tuple[Texts, list[Reject]]:
+    """The file's texts, each once, and an example per row; rows that cannot be used apart."""
+    queries: dict[str, int] = {}
+    passages: dict[str, int] = {}
+    query, positives, negatives = [], [], []
+    rejects: list[Reject] = []
+    for row in read_jsonl(path):
+        if isinstance(row, Reject):
+            rejects.append(row)
+            continue
+        text = normalise(row.query)
+        good = {normalise(one) for one in row.positives} - {"", text}
+        bad = {normalise(one) for one in row.negatives} - {"", text} - good
+        if not text or not good:
+            reason = "no_positive_beside_the_query" if text else "query_is_empty"
+            rejects.append(Reject(source=row.source, row=row.row, reason=reason, query=row.query, passage=""))
+            continue
+        query.append(queries.setdefault(text, len(queries)))
+        positives.append([passages.setdefault(one, len(passages)) for one in sorted(good)])
+        negatives.append([passages.setdefault(one, len(passages)) for one in sorted(bad)])
+    if rejects:
+        counts = Counter(reject.reason for reject in rejects)
+        print(f"{path}: {len(rejects)} rows dropped: {dict(counts)}", file=sys.stderr)
+    if len(query) < 2:
+        raise InputError(
+            f"{path} has {len(query)} usable rows; at least 2 are needed, so that one is the other's negative"
+        )
+    rows = np.array(query, dtype=np.int64)
+    by_row = Ragged.of(positives)
+    known = known_positives(rows, by_row, num_queries=len(queries))
+    return Texts(
+        queries=queries,
+        num_queries=len(queries),
+        passages=passages,
+        num_passages=len(passages),
+        examples=Examples(rows, by_row, Ragged.of(negatives), known),
+    ), rejects
+
+
+def _prompts(config: Config) -> Prompts:
+    return Prompts(query=config.base.query_prompt, passage=config.base.passage_prompt)
