@@ -16,6 +16,7 @@ from peg.workspace import STATE, read_json
 
 UI_FILE = STATE / "ui.json"
 CHILDREN = STATE / "children"
+FLOW_FILE = STATE / "flow.json"
 _CLEARED = ("PREFECT_", "MLFLOW_", "RAY_ADDRESS")
 
 
@@ -37,6 +38,9 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
+            "NO_PROXY": ",".join(
+                filter(None, [environ.get("NO_PROXY", environ.get("no_proxy")), "127.0.0.1,localhost"])
+            ),
             # A venv that is not activated: `peg` and `dvc` stand beside this interpreter.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
         }
@@ -52,11 +56,11 @@ def running_ui() -> dict[str, str] | None:
 
 
 @contextmanager
-def only_one(what: str) -> Iterator[None]:
-    """Hold the project's Prefect store; InputError where another process does."""
+def only_one(lock: str, what: str) -> Iterator[None]:
+    """Hold a lock of the project's folder; InputError, which says what runs, where another process holds it."""
     import fcntl
 
-    path = STATE / "prefect.lock"
+    path = STATE / f"{lock}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:

@@ -23,14 +23,14 @@ def main() -> int:
     end_stale(environment.CHILDREN)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with environment.only_one("make ui, or a flow with a server of its own,"):
-            _serve(Path(environment.UI_FILE))
+        with environment.only_one("prefect", "make ui, or a flow with a server of its own,"):
+            _serve(environment.UI_FILE)
     except KeyboardInterrupt:
         print("both servers ended")
-        return 0
     except PegError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    return 0
 
 
 def _interrupt(*_: object) -> None:

@@ -10,7 +10,7 @@ The names below are loaded when they are first used: importing peg costs nothing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peg.finetune import finetune
+    from peg.own_data import finetune
     from peg.model.encoder import Encoder
 
 __all__ = ["Encoder", "finetune"]
@@ -18,7 +18,7 @@ __all__ = ["Encoder", "finetune"]
 
 def __getattr__(name: str) -> Any:
     if name == "finetune":
-        from peg.finetune import finetune
+        from peg.own_data import finetune
 
         return finetune
     if name == "Encoder":

@@ -62,7 +62,7 @@ def train(
     changes = {"data": data, "encoder": encoder, "launcher": launcher}
     params = config.with_train(config.load(), {key: value for key, value in changes.items() if value is not None})
     if params.train.data is not None:
-        from peg.finetune import finetune_with
+        from peg.own_data import finetune_with
 
         print(f"the model is in {finetune_with(params, output=output)}")
         return

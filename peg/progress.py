@@ -17,20 +17,21 @@ class Progress:
     ) -> None:
         self._what, self._total, self._unit, self._every_s = what, total, unit, every_s
         self._stream = stream or sys.stderr
-        self._start, self._done = start, start
+        self._start = self._done = start
+        self._shown = -1
         self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None and self._shown < self._done:
             self._print()
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
         """Count finished units; `note` goes to the end of a line that happens to be printed."""
         self._done += count
-        if time.monotonic() - self._printed >= self._every_s:
+        if time.monotonic() - self._printed >= self._every_s or self._done >= self._total > self._shown:
             self._print(note)
 
     def say(self, line: str) -> None:
@@ -38,7 +39,7 @@ class Progress:
         print(f"{self._what}: {line}", file=self._stream, flush=True)
 
     def _print(self, note: str = "") -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         elapsed = max(self._printed - self._began, 1e-9)
         rate = (self._done - self._start) / elapsed
         left_s = (self._total - self._done) / rate if rate > 0 else float("inf")

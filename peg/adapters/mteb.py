@@ -28,6 +28,7 @@ from peg.errors import StageError
 from peg.evaluate import metrics
 from peg.evaluate.beir import RetrievalSet, digest
 from peg.evaluate.suite import Searched, TextEncoder
+from peg.mining.bm25 import BM25Index
 from peg.progress import Progress
 
 _SPLIT = "test"
@@ -143,7 +144,7 @@ class EncoderModel:
             kind.append(
                 self._encoder.encode(
                     texts,
-                    kind="passage",
+                    kind="query" if what == "query" else "passage",
                     batch_tokens=self._batch_tokens,
                     progress=progress,
                 )
@@ -169,12 +170,10 @@ class BM25Model:
     def __init__(self, meta: ModelMeta) -> None:
         self.mteb_model_meta = meta
         self._ids: list[str] = []
-        self._index: Any = None
+        self._index: BM25Index | None = None
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Build the index over a table of id and text."""
-        from peg.mining.bm25 import BM25Index  # jieba's dictionary is of no use to an encoder
-
         self._ids = list(corpus["id"])
         self._index = BM25Index.build(list(corpus["text"]))
 

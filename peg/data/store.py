@@ -74,9 +74,12 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        shards = {name: table.close() for name, table in self._tables.items()}
         if kind is None:
+            shards = {name: table.close() for name, table in self._tables.items()}
             write_json(self._folder / MANIFEST, {"tables": shards})
+        else:
+            for table in self._tables.values():
+                table.abandon()
 
     def add(self, table: str, **row: Any) -> int:
         """Append a row, and return its number."""
@@ -111,6 +114,11 @@ class _TableWriter:
             self._flush()
         self._end_shard()
         return self._shards
+
+    def abandon(self) -> None:
+        """Let go of the file; what it holds is of no use."""
+        if self._file is not None:
+            self._file.close()
 
     @property
     def _path(self) -> Path:

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 420, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 40
 _MAX_POINTS = 400  # a line with more is averaged over groups of neighbours
 
 

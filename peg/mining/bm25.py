@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
@@ -66,7 +67,7 @@ class BM25Index:
         for start in range(0, len(queries), _BLOCK_QUERIES):
             block = queries[start : start + _BLOCK_QUERIES]
             found_BN = (self._counts(block) @ self._weights_VN).tocsr()
-            for i, (low, high) in enumerate(zip(found_BN.indptr, found_BN.indptr[1:], strict=False)):
+            for i, (low, high) in enumerate(pairwise(found_BN.indptr)):
                 scores, rows = top(found_BN.data[low:high], found_BN.indices[low:high].astype(np.int64), k)
                 scores_QK[start + i, : len(rows)] = scores
                 rows_QK[start + i, : len(rows)] = rows

@@ -17,7 +17,7 @@ class DenseIndex:
     """All passages' vectors, compared one by one."""
 
     def __init__(self, dimension: int) -> None:
-        import faiss  # type: ignore[import-untyped]
+        import faiss
 
         self._index = faiss.IndexFlatIP(dimension)
 

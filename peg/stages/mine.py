@@ -13,7 +13,7 @@ from peg.data.store import Store, StoreWriter, open_store
 from peg.mining.bm25 import BM25Index
 from peg.mining.dense import DenseIndex, embed
 from peg.mining.negatives import Pool, Rules, make_pool
-from peg.model.encoder import Encoder
+from peg.model.encoder import Encoder, Kind
 from peg.progress import Progress
 from peg.workspace import stage_work, write_json
 
@@ -56,8 +56,9 @@ def mine(
     scratch: Path,
 ) -> dict[str, Any]:
     """Search, fuse, filter and write a row of triples per row of pairs; returns the counts."""
-    queries_QD, passages_PD = (
-        embed(
+
+    def vectors(table: str, kind: Kind) -> np.ndarray:
+        return embed(
             prepared.texts(table),
             num_texts=prepared.num_rows(table),
             encoder=encoder,
@@ -65,8 +66,8 @@ def mine(
             batch_tokens=batch_tokens,
             folder=scratch / "embeddings",
         )
-        for table, kind in (("queries", "query"), ("passages", "passage"))
-    )
+
+    queries_QD, passages_PD = vectors("queries", "query"), vectors("passages", "passage")
     searches = _Searches.over(prepared, queries_QD, passages_PD, mining)
     rules = Rules(
         skip_ranks=mining.skip_ranks,

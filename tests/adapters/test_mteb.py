@@ -126,7 +126,6 @@ def test_the_evaluation_is_quiet_and_leaves_loggers_alone(
 
 
 def test_bm25_goes_the_same_way(adapter: ModuleType, data: RetrievalSet) -> None:
-    pytest.importorskip("peg.mining.bm25")
     corpus = {"p1": "画蛇添足是多此一举", "p2": "守株待兔是不劳而获", "p3": "刻舟求剑是不知变通"}
     small = RetrievalSet("idioms", {"q1": "画蛇添足", "q2": "喀喀"}, corpus, {"q1": {"p1": 1}, "q2": {"p2": 1}})
     found = run(adapter, small, None, system="bm25", revision="1")

@@ -41,7 +41,7 @@ def test_every_point_and_tick_stays_inside_the_frame(rows: list[tuple[float, flo
     rows = sorted(rows)
     svg = draw([Series("a", [x for x, _ in rows], [y for _, y in rows])], from_zero=from_zero)
     for x, y in points(svg):
-        assert 51.9 <= x <= charts.WIDTH - 11.9 and 9.9 <= y <= charts.HEIGHT - 39.9
+        assert charts._LEFT - 0.1 <= x <= charts.WIDTH - 11.9 and 9.9 <= y <= charts.HEIGHT - 39.9
     for anchor in ("middle", "end"):
         texts = [e.text for e in svg.iter("text") if e.get("class") == "tick" and e.get("text-anchor") == anchor]
         assert len(texts) == len(set(texts)) <= 12

@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import peg
+from peg.errors import InputError
+from peg.model.encoder import weights_sha256
+from tests.conftest import make_texts
+
+PROJECT = Path(__file__).parent.parent
+SMALL = {"epochs": 2, "batch_size": 8, "threads_per_worker": 1, "learning_rate": 0.001}
+
+
+def write_pairs(path: Path, *, count: int = 30, negatives: bool = True) -> Path:
+    queries, passages = make_texts(count, seed=1), make_texts(2 * count, seed=2)
+    rows = [
+        {"query": query, "pos": [passages[i]], **({"neg": [passages[count + i]]} if negatives else {})}
+        for i, query in enumerate(queries)
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("negatives", [True, False])
+def test_own_pairs_make_a_model_that_loads_and_embeds(project: Path, encoder_folder: Path, negatives: bool) -> None:
+    data = write_pairs(project / "pairs.jsonl", negatives=negatives)
+    folder = peg.finetune(data, encoder=str(encoder_folder), output="mine", **SMALL)
+    assert weights_sha256(folder) != weights_sha256(encoder_folder)
+    model = peg.Encoder.load(str(folder))
+    rows = model.encode(["天地玄黄", "宇宙洪荒"], kind="query", batch_tokens=64)
+    assert rows.shape == (2, 32)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert "started from" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_same_call_gives_the_same_bits(project: Path, encoder_folder: Path) -> None:
+    data = write_pairs(project / "pairs.jsonl")
+    first = peg.finetune(data, encoder=str(encoder_folder), output="first", **SMALL)
+    second = peg.finetune(data, encoder=str(encoder_folder), output="second", **SMALL)
+    assert weights_sha256(first) == weights_sha256(second)
+
+
+def test_rows_that_cannot_be_used_leave_a_reason(project: Path, encoder_folder: Path) -> None:
+    data = write_pairs(project / "pairs.jsonl")
+    with data.open("a", encoding="utf-8") as file:
+        file.write('{"query": "天地", "pos": ["天地"]}\nnot json\n')
+    folder = peg.finetune(data, encoder=str(encoder_folder), output="mine", **SMALL)
+    rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["reason"]) for row in rejects] == [(31, "no_positive_beside_the_query"), (32, "not_json")]
+
+
+def test_faults_of_the_call_are_input_errors(project: Path, encoder_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"pairs\.jsonl"):
+        peg.finetune("pairs.jsonl", encoder=str(encoder_folder), output="mine")
+    data = write_pairs(project / "pairs.jsonl")
+    with pytest.raises(InputError, match=r"train\.temprature: unknown key"):
+        peg.finetune(data, encoder=str(encoder_folder), output="mine", temprature=0.1)
+    with pytest.raises(InputError, match="is no model folder"):
+        peg.finetune(data, encoder="./nowhere", output="mine")
+
+
+def test_two_commands_train_on_own_data_without_the_platform(project: Path, encoder_folder: Path) -> None:
+    write_pairs(project / "pairs.jsonl")
+    peg_command = [sys.executable, "-m", "peg.cli"]
+    subprocess.run([*peg_command, "recipe", "use", "finetune"], check=True)
+    train = ["train", "--data", "pairs.jsonl", "--encoder", str(encoder_folder), "--output", "mine"]
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['prefect', 'ray', 'mlflow', 'dvc', 'mteb'])); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{blocked}from peg.cli import main; main({train!r})"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the model is in mine" in done.stdout
+    assert "train: 2/2 steps (100%)" in done.stderr
+    assert (project / "mine" / "model.safetensors").is_file()
