@@ -10,8 +10,8 @@ The names below are loaded when they are first used: importing peg costs nothing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peg.own_data import finetune
     from peg.model.encoder import Encoder
+    from peg.own_data import finetune
 
 __all__ = ["Encoder", "finetune"]
 

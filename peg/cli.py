@@ -69,11 +69,11 @@ def train(
     from peg.stages import train as stage
 
     if params.train.launcher == "ray":
-        from peg.adapters.mlflow import live_run
         from peg.adapters.ray import launch
     else:
-        from peg.adapters.mlflow import live_run
         from peg.train.local import launch
+    from peg.adapters.mlflow import live_run
+
     stage.run(params, launch=launch, watch=live_run(params))
 
 
@@ -104,6 +104,7 @@ def register() -> None:
     from peg import config
     from peg.adapters import mlflow
 
+    _as_stage()
     registration = mlflow.register(config.load())
     print(registration.describe())
 

@@ -26,7 +26,8 @@ from peg.records import Reject
 from peg.train.batches import Examples, Ragged
 from peg.train.data import Texts, known_positives
 from peg.train.local import launch
-from peg.train.run import METRICS, publish_model, train_model, write_curves
+from peg.train.loop import METRICS
+from peg.train.run import publish_model, train_model, write_curves
 from peg.workspace import STATE, file_sha256, key_of
 
 

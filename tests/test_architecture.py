@@ -63,5 +63,9 @@ import peg.train.loop
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, peg.cli; heavy = {'torch','numpy','pydantic','transformers','mlflow','ray','prefect'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    code = """
+import sys, peg.cli
+heavy = {"torch", "numpy", "pydantic", "transformers", "mlflow", "ray", "prefect"} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)

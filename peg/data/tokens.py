@@ -41,7 +41,8 @@ class TokenTable:
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of each of the given texts."""
-        return self.offsets[rows + 1] - self.offsets[rows]
+        lengths: np.ndarray = self.offsets[rows + 1] - self.offsets[rows]
+        return lengths
 
 
 Tokenize = Callable[[Sequence[str]], list[list[int]]]

@@ -3,7 +3,8 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -18,10 +19,16 @@ _BLOCK_QUERIES = 256
 
 def words(text: str) -> list[str]:
     """The words of a text, lower-case; in search mode a long word's own parts come beside it. No punctuation."""
+    return [word for word in _cutter()(text.lower()) if _WORD.search(word)]
+
+
+@cache
+def _cutter() -> Callable[[str], Iterable[str]]:
     import jieba  # type: ignore[import-untyped]
 
-    jieba.setLogLevel(logging.WARNING)
-    return [word for word in jieba.cut_for_search(text.lower()) if _WORD.search(word)]
+    jieba.setLogLevel(logging.WARNING)  # it logs the loading of its dictionary
+    cut: Callable[[str], Iterable[str]] = jieba.cut_for_search
+    return cut
 
 
 class BM25Index:

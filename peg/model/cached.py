@@ -81,7 +81,9 @@ def accumulate_gradients(
         )
         grad_query_ND = group.sum_(loss.grad_query_ND)
         grad_TD = torch.cat([grad_query_ND[texts.query_position], loss.grad_passage_MD])
-        _backpropagate(encoder, texts, micro_batches, kept, embedding_TD, grad_TD, settings)
+        _backpropagate(
+            encoder, texts, micro_batches, kept=kept, embedding_TD=embedding_TD, grad_TD=grad_TD, settings=settings
+        )
     _sum_parameter_gradients(encoder, group)
     return loss.loss, loss.stats
 
@@ -115,6 +117,7 @@ def _backpropagate(
     encoder: Encoder,
     texts: LocalTexts,
     micro_batches: list[np.ndarray],
+    *,
     kept: dict[int, Tensor],
     embedding_TD: Tensor,
     grad_TD: Tensor,

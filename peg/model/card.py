@@ -22,7 +22,7 @@ A Chinese text-embedding model of {dimension} dimensions, trained by progressive
 | data | {data} |
 | training examples | {examples:,} |
 | optimizer steps | {steps:,} of {planned_steps:,}; weights of step {best_step:,} |
-| batch | {batch_size} queries, up to {num_negatives} hard negatives each, all other passages of the batch as negatives |
+| batch | {batch_size} queries, up to {num_negatives} hard negatives each; all passages of the batch are negatives |
 | temperature | {temperature} |
 | weighting of negatives | {negatives} |
 | weighting of queries | {queries} |

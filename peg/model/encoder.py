@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        folder = _local_folder(name, revision)
+        folder = local_folder(name, revision)
         if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
             raise InputError(f"{folder} has no {WEIGHTS}; only safetensors are loaded: convert the model's weights")
         try:
@@ -199,7 +199,8 @@ def weights_sha256(folder: Path) -> str:
     return file_sha256(folder / WEIGHTS)
 
 
-def _local_folder(name: str, revision: str | None) -> Path:
+def local_folder(name: str, revision: str | None) -> Path:
+    """The folder of that name, or the hub's model of that id, downloaded. InputError where there is neither."""
     folder = Path(name)
     if folder.is_dir():
         return folder

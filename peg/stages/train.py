@@ -13,7 +13,8 @@ from peg.model.encoder import Encoder, weights_sha256
 from peg.train.batches import Examples, Ragged
 from peg.train.data import Texts, known_positives
 from peg.train.follow import Row
-from peg.train.run import METRICS, Launch, publish_model, train_model, write_curves
+from peg.train.loop import METRICS
+from peg.train.run import Launch, publish_model, train_model, write_curves
 from peg.workspace import key_of, path_digest, stage_work, write_json
 
 PREPARED, MINED, TRAINED = Path("data/prepared"), Path("data/mined"), Path("models/trained")
