@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peg.errors import InputError
 from peg.process import alive
-from peg.workspace import STATE, read_json
+from peg.workspace import STATE, make_state_private, read_json
 
 UI_FILE = STATE / "ui.json"
 CHILDREN = STATE / "children"
@@ -24,6 +24,7 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the environment of a flow and of the stages that it starts."""
     for name in [name for name in environ if name.startswith(_CLEARED)]:
         del environ[name]
+    make_state_private()
     home = (STATE / "prefect").resolve()
     home.mkdir(parents=True, exist_ok=True)
     environ.update(

@@ -175,7 +175,9 @@ def recipe_use(
 
 def _as_stage() -> None:
     from peg.process import die_with_owner
+    from peg.workspace import make_state_private
 
+    make_state_private()
     die_with_owner()
 
 

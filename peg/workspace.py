@@ -30,6 +30,12 @@ MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
 
 
+def make_state_private() -> None:
+    """Make `.peg` a folder that its owner alone can enter: runs, tokens and stores lie there."""
+    STATE.mkdir(mode=0o700, exist_ok=True)
+    STATE.chmod(0o700)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write aside and rename, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
