@@ -3,7 +3,7 @@
     python benchmarks/demo.py make demo
 
 Memory is the sum of proportional set sizes (shared pages counted once, by share) of the command's process tree,
-sampled twice a second; Linux only. Processes that leave the tree while they run (daemons) are still counted: they are
+sampled every two seconds; Linux only. Processes that leave the tree while they run (daemons) are still counted: they are
 found by the environment variable that the command was started with.
 """
 
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 _MARK = "PEG_MEASURED_BY"
-_EVERY_S = 0.5
+_EVERY_S = 2.0
 
 
 def main() -> int:

@@ -9,8 +9,6 @@ that a person moved stays where the person put it.
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from peg.adapters.mlflow_store import Store, champion_path, connect, registry_lo
 from peg.config import Config
 from peg.errors import StageError
 from peg.gate import Decision, Rules, Scores, decide
-from peg.model.encoder import Encoder
+from peg.model.encoder import Encoder, quiet_transformers
 from peg.workspace import STATE, read_json, write_json
 
 __all__ = ["Registration", "champion_path", "connect", "live_run", "register", "resolve", "tracking_uri"]
@@ -127,7 +125,7 @@ def _log_model_once(store: Store, run_id: str, weights: str) -> str:
         if str(logged.status) == "READY":
             return str(logged.model_id)
         store.client.delete_logged_model(logged.model_id)
-    with _quiet_transformers(), mlflow.start_run(run_id=run_id):
+    with quiet_transformers(), mlflow.start_run(run_id=run_id):
         model = SentenceTransformer(str(MODEL), device="cpu", model_kwargs=_without_pooler())
         prompt = (model.prompts or {}).get("query") or ""
         example = [prompt + text for text in _EXAMPLES[:2]]
@@ -146,23 +144,6 @@ def _without_pooler() -> dict[str, Any]:
     """A pooler that the weights do not have would be made at random, and saved as part of the model."""
     with_pooler = read_json(MODEL / "config.json").get("model_type") in {"bert", "roberta", "xlm-roberta"}
     return {"add_pooling_layer": False} if with_pooler else {}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without bars and tables of absent heads for each of the loads and saves here."""
-    import transformers.utils.logging
-
-    logging: Any = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _pinned() -> list[str]:
@@ -216,7 +197,7 @@ class _Registry:
 
         if _CHECKED in self._client.get_model_version(self._name, version.version).tags:
             return
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded = mlflow.sentence_transformers.load_model(f"models:/{self._name}/{version.version}")
             encoder = Encoder.load(str(MODEL))
         worst = 0.0

@@ -4,6 +4,7 @@ A worker that dies is started again with the others, up to train.max_failures ti
 checkpoint in the training's folder, which all nodes must see.
 """
 
+import logging
 import os
 import secrets
 import sys
@@ -98,10 +99,11 @@ def _connect(config: Train, *, own: bool) -> None:
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             _temp_dir=str(_ray_folder()),
         )
     else:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _ray_folder() -> Path:

@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         try:
             config = AutoConfig.from_pretrained(folder)
             extra = {"add_pooling_layer": False} if config.model_type in _NO_POOLER else {}
-            with _quiet_transformers():
+            with quiet_transformers():
                 backbone = AutoModel.from_pretrained(folder, use_safetensors=True, **extra).float()
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers folder: safetensors and JSON, byte for byte the same for the same weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        with _quiet_transformers():
+        with quiet_transformers():
             self.backbone.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
         write_json(
@@ -237,10 +237,11 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' bars, and its tables of heads that are absent or unused, which are no news."""
-    from transformers.utils import logging
+    import transformers.utils.logging
 
+    logging: Any = transformers.utils.logging  # its functions have no types
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
