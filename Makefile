@@ -33,5 +33,5 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipeline,sample,dev]'
 	touch $@
 
-clean:  ## remove outputs, caches and the environment; stores under .peg stay
-	rm -rf $(VENV) data models metrics reports .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the stages' outputs, caches and the environment; own data and the stores under .peg stay
+	rm -rf $(VENV) data/prepared data/mined data/eval models/base models/trained metrics reports .pytest_cache .mypy_cache .ruff_cache
