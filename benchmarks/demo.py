@@ -27,9 +27,8 @@ def main() -> int:
         held = _held_bytes(mark)
         if sum(held.values()) > peak_bytes:
             peak_bytes = sum(held.values())
-            largest = ", ".join(
-                f"{name} {size / 1e6:.0f}" for name, size in sorted(held.items(), key=lambda x: -x[1])[:6]
-            )
+            order = sorted(held, key=held.__getitem__, reverse=True)
+            largest = ", ".join(f"{name} {held[name] / 1e6:.0f}" for name in order[:6])
         time.sleep(_EVERY_S)
     print(f"\nwall {time.monotonic() - began:.1f} s, peak memory {peak_bytes / 1e9:.2f} GB (MB at the peak: {largest})")
     return process.returncode

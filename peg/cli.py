@@ -95,7 +95,7 @@ def evaluate(
         return
     if model is None or data is None or output is None:
         raise InputError("give --model, --data and --output together, or none of them for the stage of dvc.yaml")
-    stage.evaluate_one(_resolve(model), data, output, measure=measure)
+    stage.evaluate_one(_resolve(model), data, output, measure=measure, name=model)
 
 
 @app.command()

@@ -77,18 +77,19 @@ def run(config: Config, *, measure: Measure) -> None:
         work.out(REPORT).write_text(page, encoding="utf-8", newline="\n")
 
 
-def evaluate_one(model: str, data: Path, output: Path, *, measure: Measure) -> SystemResult:
+def evaluate_one(model: str, data: Path, output: Path, *, measure: Measure, name: str | None = None) -> SystemResult:
     """Measure any model on any BEIR folder, and write its result to `output`.
 
-    model: a model folder, a hub id, or "bm25".
+    model: a model folder, a hub id, or "bm25". name: what the result calls it, where that is not `model`.
     """
+    name = name or model
     if output.is_dir():
         raise InputError(f"{output} is a folder; give the JSON file to write, for example {output / 'result.json'}")
     test = read_beir(data)
     encoder = None if model == BM25 else _load(model)
     revision = _BM25_REVISION if encoder is None else _identity(model, encoder)
-    searched = measure(encoder, test, system=model, revision=revision, batch_tokens=_BATCH_TOKENS, cache=None)
-    result = system_result(searched, test, system=model, weights_sha256=None if encoder is None else revision)
+    searched = measure(encoder, test, system=name, revision=revision, batch_tokens=_BATCH_TOKENS, cache=None)
+    result = system_result(searched, test, system=name, weights_sha256=None if encoder is None else revision)
     write_json(output, result.to_json())
     left_out = f"; {test.num_unjudged} queries without a relevant passage left out" if test.num_unjudged else ""
     print(f"{_line(result)} ({len(test.queries)} queries, {len(test.corpus)} passages{left_out})", flush=True)
