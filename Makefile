@@ -21,10 +21,10 @@ lint: $(VENV)/installed  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## style, types, and the tests that take minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint  ## these, and what is slow
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 # Anew when the requirements change; a half-made environment is not taken for a whole one.
 $(VENV)/installed: pyproject.toml

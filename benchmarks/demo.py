@@ -3,7 +3,7 @@
     python benchmarks/demo.py make demo
 
 Memory is the sum of proportional set sizes (shared pages counted once, by share) of the command's process tree,
-sampled every two seconds; Linux only. Processes that leave the tree while they run (daemons) are still counted: they are
+sampled every two seconds; Linux only. Processes that leave the tree while they run (daemons) are counted too: they are
 found by the environment variable that the command was started with.
 """
 
