@@ -1,5 +1,6 @@
 """Real Ray Train workers on this machine."""
 
+import contextlib
 import json
 import os
 import signal
@@ -27,14 +28,24 @@ def plain_worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def kill_a_worker(metrics: Path, killed: list[int]) -> None:
-    """Send SIGKILL to one training worker of this process's Ray once step 20 is through."""
+def listening_addresses() -> set[str]:
+    """Addresses on which the processes that this one started wait for connections."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def kill_a_worker(metrics: Path, killed: list[int], addresses: set[str]) -> None:
+    """Once step 20 is through, note who listens where, and send SIGKILL to one training worker of this Ray."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         steps = (
             [json.loads(line).get("step", 0) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         )
         if max(steps, default=0) >= 20:
+            addresses |= listening_addresses()
             for process in psutil.Process().children(recursive=True):
                 if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
                     os.kill(process.pid, signal.SIGKILL)
@@ -54,12 +65,15 @@ def test_workers_survive_a_kill_and_end_in_the_bits_of_plain_ranks(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(over_ray / loop.METRICS, killed), daemon=True)
+    addresses: set[str] = set()
+    killer = threading.Thread(target=kill_a_worker, args=(over_ray / loop.METRICS, killed, addresses), daemon=True)
     killer.start()
     adapter.launch(over_ray, config)
     killer.join()
 
     assert killed, "no worker was found to kill"
+    assert addresses, "no server of Ray was found to listen"
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     events = [json.loads(line).get("event", "") for line in (over_ray / loop.METRICS).read_text().splitlines()]
     assert any("going on from step" in event for event in events)
     assert read_json(over_ray / "summary.json") == read_json(plain / "summary.json")
