@@ -57,11 +57,14 @@ def train(
 ) -> None:
     """Stage: train on the mined pools (models/trained); or, where train.data is set, on own data as it is."""
     from peg import config
+    from peg.errors import InputError
 
     _as_stage()
     changes = {"data": data, "encoder": encoder, "launcher": launcher}
     params = config.with_train(config.load(), {key: value for key, value in changes.items() if value is not None})
     if params.train.data is not None:
+        if launcher == "ray":
+            raise InputError("own data is trained on in this process; leave --launcher out, or set train.data to null")
         from peg.own_data import finetune_with
 
         print(f"the model is in {finetune_with(params, output=output)}")

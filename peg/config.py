@@ -165,7 +165,9 @@ class Train(Section):
         description="train on this JSONL of {query, pos, neg} as it is; null takes the mined pools"
     )
     dev: str | None = Field(description="folder in BEIR layout on which weights are chosen; null chooses none")
-    encoder: str = Field(min_length=1, description="model folder or hub id that training starts from")
+    encoder: str = Field(
+        min_length=1, description="model folder that training starts from; with train.data also a hub id"
+    )
     epochs: int = Field(ge=1, description="passes over the queries")
     batch_size: int = Field(ge=2, description="queries of the global batch, over all ranks")
     num_negatives: int = Field(ge=0, description="hard negatives of a query in a step; fewer if its pool is smaller")

@@ -45,10 +45,13 @@ def show(findings: list[Finding]) -> None:
     """Print a table, with what mends each fault."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("", "what", "found", "mend")
     for finding in findings:
-        table.add_row("✗" if finding.mend else "✓", finding.what, finding.found, finding.mend)
+        # As Text: rich would take the brackets of `.[pipeline]` for markup.
+        cells = (Text(cell) for cell in (finding.what, finding.found, finding.mend))
+        table.add_row("✗" if finding.mend else "✓", *cells)
     Console().print(table)
 
 

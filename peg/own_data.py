@@ -9,6 +9,7 @@ passages of the batch are the only negatives.
 """
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,14 +22,14 @@ from peg.data.clean import normalise
 from peg.data.readers import read_jsonl
 from peg.errors import InputError
 from peg.model.card import model_card
-from peg.model.encoder import Encoder, Prompts
+from peg.model.encoder import Encoder, Prompts, local_folder
 from peg.records import Reject
 from peg.train.batches import Examples, Ragged
 from peg.train.data import Texts, known_positives
 from peg.train.local import launch
 from peg.train.loop import METRICS
-from peg.train.run import publish_model, train_model, write_curves
-from peg.workspace import STATE, file_sha256, key_of
+from peg.train.run import check_target, publish_model, train_model, write_curves
+from peg.workspace import STATE, file_sha256, key_of, make_state_private, path_digest
 
 
 def finetune(data: str | Path, *, encoder: str, output: str | Path, **train: Any) -> Path:
@@ -51,16 +52,22 @@ def finetune_with(config: Config, *, output: Path) -> Path:
     """
     if config.train.data is None:
         raise InputError("train.data is null; give the path of a JSONL of {query, pos, neg}")
+    make_state_private()
+    target = output.resolve()
+    check_target(target)
     data = Path(config.train.data)
     texts, rejects = _read(data)
     said = config.base
-    known = Path(config.train.encoder)
+    known = local_folder(config.train.encoder, None)
     encoder = Encoder.load(
-        config.train.encoder,
+        str(known),
         pooling=None if (known / "1_Pooling").is_dir() else said.pooling,
         prompts=None if (known / "config_sentence_transformers.json").is_file() else _prompts(config),
     )
-    start = STATE / "work" / "finetune" / key_of({str(data): file_sha256(data)}, config.model_dump(mode="json"))
+    digests = {"data": file_sha256(data), "encoder": path_digest(known)}
+    if config.train.dev:
+        digests["dev"] = path_digest(Path(config.train.dev))
+    start = STATE / "work" / "finetune" / key_of(digests, config.model_dump(mode="json"))
     encoder.save(start / "start")
     local = with_train(config, {"encoder": str(start / "start"), "launcher": "local"})
     summary = train_model(
@@ -72,12 +79,13 @@ def finetune_with(config: Config, *, output: Path) -> Path:
         data_digest=file_sha256(data),
         launch=launch,
     )
-    card = model_card(config, encoder, summary, title=output.name, data=data.name)
-    publish_model(start / "training" / "final", output, card=card)
-    write_curves(start / "training" / METRICS, train_csv=output / "train_curve.csv", dev_csv=output / "dev_curve.csv")
+    card = model_card(config, encoder, summary, title=target.name, data=data.name)
+    publish_model(start / "training" / "final", target, card=card)
+    write_curves(start / "training" / METRICS, train_csv=target / "train_curve.csv", dev_csv=target / "dev_curve.csv")
     if rejects:
         lines = [json.dumps(vars(reject), ensure_ascii=False) for reject in rejects]
-        (output / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (target / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.rmtree(start)
     return output
 
 

@@ -12,7 +12,7 @@ from peg.errors import InputError
 from peg.evaluate.beir import RetrievalSet, digest, read_beir
 from peg.model.encoder import Encoder, weights_sha256
 from peg.progress import Progress
-from peg.workspace import STATE
+from peg.workspace import STATE, key_of
 
 BATCH_TOKENS = 16_384
 
@@ -39,7 +39,9 @@ def search(model_folder: Path, corpus: Path, query: str, k: int, *, index: Path 
         raise InputError(f"{k} passages were asked for; ask for at least 1")
     data = read_beir(corpus)
     encoder = Encoder.load(str(model_folder))
-    passages_ND = _passage_rows(encoder, data, index / f"{weights_sha256(model_folder)}-{digest(data)}.npy")
+    settings = key_of({}, [encoder.pooling, encoder.prompts.passage, encoder.max_length])
+    name = f"{weights_sha256(model_folder)}-{settings}-{digest(data)}.npy"
+    passages_ND = _passage_rows(encoder, data, index / name)
     query_D = encoder.encode([query], kind="query", batch_tokens=BATCH_TOKENS)[0]
     scores_N = passages_ND @ query_D
     best = np.argsort(-scores_N, kind="stable")[:k]

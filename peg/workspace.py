@@ -124,6 +124,16 @@ class Work:
     key: str
     folder: Path
     outs: tuple[Path, ...]
+    deps: tuple[Path, ...]
+
+    def require_input(self, path: str, *, key: str) -> None:
+        """Raise InputError if the parameter `key` names a path that DVC does not watch for this stage."""
+        wanted = Path(path).resolve()
+        if not any(wanted.is_relative_to(dep.resolve()) for dep in self.deps):
+            raise InputError(
+                f"{key} is {path}, which is no input of the stage {self.stage}: DVC would not see it change; "
+                f"add it to the stage's deps in dvc.yaml"
+            )
 
     def out(self, path: str | Path) -> Path:
         """Where to write the output that will stand at `path`."""
@@ -143,23 +153,25 @@ class Work:
 
 
 @contextmanager
-def stage_work(stage: str, *, sections: dict[str, Any], extra_outs: tuple[Path, ...] = ()) -> Iterator[Work]:
+def stage_work(stage: str, *, sections: dict[str, Any]) -> Iterator[Work]:
     """Run a stage: `with stage_work("mine", sections={"mining": config.mining.model_dump(mode="json")}) as work`.
 
     On success the outputs move into place and the work folder goes. On failure the work is kept, and
     `.peg/status/<stage>.json` says how it ended. Raises StageError if the inputs changed while the stage ran.
     """
     wires = wiring(stage)
+    parameters = _parameters(wires.params)
     key = key_of(_digests(wires.deps), sections)
-    work = Work(stage=stage, key=key, folder=STATE / "work" / stage / key, outs=wires.outs + extra_outs)
+    work = Work(stage=stage, key=key, folder=STATE / "work" / stage / key, outs=wires.outs, deps=wires.deps)
     work.folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     _write_status(stage, state="running", key=key, started=started)
     try:
         yield work
-        if key_of(_digests(wires.deps), sections) != key:
+        if key_of(_digests(wires.deps), sections) != key or _parameters(wires.params) != parameters:
             raise StageError(
-                f"inputs or code of stage {stage} changed while it ran; its work is kept in {work.folder}: run it again"
+                f"inputs, parameters or code of stage {stage} changed while it ran; its work is kept in {work.folder}: "
+                "undo the change to go on there, or run the stage again to start anew"
             )
         for out in work.outs:
             _move_into_place(work.out(out), out)
@@ -168,6 +180,18 @@ def stage_work(stage: str, *, sections: dict[str, Any], extra_outs: tuple[Path, 
         _write_status(stage, state="failed", key=key, started=started, error=f"{type(error).__name__}: {error}")
         raise
     _write_status(stage, state="done", key=key, started=started)
+
+
+def _parameters(names: tuple[str, ...], *, params_file: Path = Path("params.yaml")) -> dict[str, Any]:
+    """The values that DVC will record for these dotted keys, as the file has them now."""
+    tree = yaml.safe_load(params_file.read_text(encoding="utf-8")) if params_file.is_file() else {}
+    values: dict[str, Any] = {}
+    for name in names:
+        value: Any = tree
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        values[name] = value
+    return values
 
 
 def _digests(paths: tuple[Path, ...]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from peg.cli import main
+from peg.doctor import Finding, show
 
 
 def run(*arguments: str) -> int:
@@ -39,3 +40,8 @@ def test_doctor_names_what_mends(
     monkeypatch.setenv("COLUMNS", "200")
     assert run("doctor") == 1
     assert "peg recipe use sample" in capsys.readouterr().out
+
+
+def test_doctor_shows_commands_with_their_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    show([Finding("ray", "not installed", "pip install -e '.[pipeline]'")])
+    assert "pip install -e '.[pipeline]'" in capsys.readouterr().out

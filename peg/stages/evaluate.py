@@ -40,6 +40,7 @@ def run(config: Config, *, measure: Measure) -> None:
     tree = config.model_dump(mode="json")
     params = {name: tree[name] for name in _SECTIONS}
     with stage_work("evaluate", sections=params) as work:
+        work.require_input(config.evaluate.test, key="evaluate.test")
         data = read_beir(Path(config.evaluate.test))
         if data.num_unjudged:
             print(

@@ -1,6 +1,5 @@
 """The stage `mine`: tables and base encoder in; a pool of hard negatives for every pair, and counts, out."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +39,6 @@ def run(config: Config) -> None:
             out=work.out(MINED),
             scratch=work.scratch,
         )
-        shutil.rmtree(work.scratch)
         write_json(work.out(METRICS), metrics)
 
 

@@ -1,6 +1,5 @@
 """The stage `prepare`: sources in; tables to train on, test sets to measure on, and counts of both out."""
 
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -35,7 +34,6 @@ def run(config: Config) -> None:
             test=work.out(TEST),
             scratch=work.scratch,
         )
-        shutil.rmtree(work.scratch)
         write_json(work.out(METRICS), metrics)
 
 

@@ -1,6 +1,5 @@
 """Stage `train`: mined pools and the base encoder in, the trained model, its curves and its metrics out."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,9 @@ def run(config: Config, *, launch: Launch, watch: Callable[[str, Path], Callable
     """
     sections = {"seed": config.seed, "train": config.train.model_dump(mode="json")}
     with stage_work("train", sections=sections) as work:
+        work.require_input(config.train.encoder, key="train.encoder")
+        if config.train.dev:
+            work.require_input(config.train.dev, key="train.dev")
         prepared, mined = open_store(PREPARED), open_store(MINED)
         encoder = Encoder.load(config.train.encoder)
         digests = {str(path): path_digest(path) for path in (PREPARED, MINED)}
@@ -50,7 +52,6 @@ def run(config: Config, *, launch: Launch, watch: Callable[[str, Path], Callable
             dev_csv=work.out("reports/dev_curve.csv"),
         )
         write_json(work.out("metrics/train.json"), summary)
-        shutil.rmtree(work.scratch)
 
 
 def _texts(prepared: Store, mined: Store) -> Texts:

@@ -17,12 +17,12 @@ class Follower:
 
     with Follower(folder / "metrics.jsonl", print): ...
     Rows that are there already are passed too; on leaving, what remains is passed before it returns. A file that is
-    replaced by a shorter one (a training that goes on from a checkpoint) is read from its start again.
+    replaced by another (a training that goes on from a checkpoint) is read from its start again.
     """
 
     def __init__(self, path: Path, on_row: Callable[[Row], None]) -> None:
         self._path, self._on_row = path, on_row
-        self._offset = 0
+        self._offset, self._inode = 0, -1
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=f"follow {path.name}", daemon=True)
 
@@ -42,8 +42,9 @@ class Follower:
     def _read(self) -> None:
         if not self._path.is_file():
             return
-        if self._path.stat().st_size < self._offset:
-            self._offset = 0
+        stat = self._path.stat()
+        if stat.st_ino != self._inode or stat.st_size < self._offset:
+            self._offset, self._inode = 0, stat.st_ino
         with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:

@@ -314,6 +314,9 @@ def _set_dropout(encoder: Encoder, probability: float) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
+        for name in ("attention_dropout", "dropout_prob"):  # where attention takes a number, not a module
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
 
 
 def _adamw(encoder: Encoder, config: Train) -> torch.optim.AdamW:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peg.config import Train
+from peg.errors import InputError
 from peg.evaluate.beir import read_beir
 from peg.model.encoder import Encoder
 from peg.train.batches import steps_per_epoch
@@ -19,6 +20,7 @@ from peg.workspace import read_json
 Launch = Callable[[Path, Train], None]
 """Runs peg.train.loop.run on every rank: launch(folder, config)."""
 
+_OURS = "config_sentence_transformers.json"
 _CURVE = [
     "step",
     "progress",
@@ -81,11 +83,24 @@ def write_curves(metrics: Path, *, train_csv: Path, dev_csv: Path) -> None:
     _write_csv(dev_csv, ["step", "ndcg_at_10"], dev)
 
 
+def check_target(target: Path) -> None:
+    """Raise InputError unless a model may be written to `target`: it is absent, empty, or a model made here."""
+    if target.is_dir() and (not any(target.iterdir()) or (target / _OURS).is_file()):
+        return
+    if target.exists():
+        raise InputError(f"{target} holds something else than a model made here; give a folder that is new or empty")
+
+
 def publish_model(final: Path, target: Path, *, card: str) -> None:
-    """Copy a finished model to where it is given out, with its card."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(final, target)
-    (target / "README.md").write_text(card, encoding="utf-8")
+    """Copy a finished model to where it is given out, with its card; it comes into being by rename."""
+    check_target(target)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(final, aside)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    if target.exists():
+        shutil.rmtree(target)
+    aside.rename(target)
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
