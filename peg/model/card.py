@@ -5,6 +5,7 @@ from typing import Any
 from peg.config import Config
 from peg.model.encoder import Encoder
 
+_BASE = "models/base"  # what the stage `base` makes of base.source
 _CARD = """---
 language: zh
 library_name: sentence-transformers
@@ -57,7 +58,9 @@ def model_card(config: Config, encoder: Encoder, summary: dict[str, Any], *, tit
     return _CARD.format(
         title=title,
         dimension=encoder.dimension,
-        encoder=train.encoder if train.data else f"{config.base.source} ({config.base.num_layers or 'all'} layers)",
+        encoder=f"{config.base.source} ({config.base.num_layers or 'all'} layers)"
+        if train.encoder == _BASE
+        else train.encoder,
         data=data,
         batch_size=train.batch_size,
         num_negatives=train.num_negatives,

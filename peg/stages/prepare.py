@@ -26,6 +26,9 @@ def run(config: Config) -> None:
     """Write data/prepared, data/eval/dev, data/eval/test and metrics/prepare.json."""
     sections = {"seed": config.seed, "data": config.data.model_dump(mode="json")}
     with stage_work("prepare", sections=sections) as work:
+        for source in config.data.sources:
+            if source.path:
+                work.require_input(source.path, key=f"data.sources[{source.name}].path")
         metrics = prepare(
             config.data,
             seed=config.seed,
