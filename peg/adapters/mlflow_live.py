@@ -57,7 +57,7 @@ class LiveRun:
     The run is found again by the key, so that a training that goes on after a kill goes on in its run too.
     """
 
-    def __init__(self, experiment: str, *, key: str, every_s: float = 2.0, close_s: float = 15.0) -> None:
+    def __init__(self, experiment: str, *, key: str, every_s: float = 2.0, close_s: float = 60.0) -> None:
         self._experiment, self._key = experiment, key
         self._every_s, self._close_s = every_s, close_s
         self._rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
