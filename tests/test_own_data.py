@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import peg
+from peg import own_data
 from peg.errors import InputError
 from peg.model.encoder import weights_sha256
+from peg.workspace import read_json
 from tests.conftest import make_encoder, make_texts
 
 PROJECT = Path(__file__).parent.parent
@@ -58,6 +60,61 @@ def test_rows_that_cannot_be_used_leave_a_reason(project: Path, encoder_folder: 
     folder = peg.finetune(data, encoder=str(encoder_folder), output="mine", **SMALL)
     rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["row"], row["reason"]) for row in rejects] == [(31, "no_positive_beside_the_query"), (32, "not_json")]
+
+
+def test_every_score_belongs_to_the_passage_it_was_given_for(project: Path) -> None:
+    rows = [
+        {"query": "天", "pos": ["玄", " 地", "地"], "neg": ["荒", "玄", "宇"], "pos_scores": [1, 2, 9],
+         "neg_scores": [3, 9, 4], "source": "a"},
+        {"query": "天", "pos": ["荒"], "task": "similarity", "score": 0.25, "source": "b"},
+        {"query": "宙", "pos": ["洪"], "neg": ["地"], "task": "classification", "source": "a"},
+        {"query": "日", "pos": ["月"], "source": "a"},
+    ]  # fmt: skip
+    (project / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    texts, rejects = own_data._read(project / "pairs.jsonl")
+    examples, passages = texts.examples, list(texts.passages)
+    assert rejects == []
+    teacher = examples.teacher
+    assert teacher is not None
+    found = [
+        {passages[one]: score for one, score in zip(ragged.values, scores.tolist(), strict=True) if np.isfinite(score)}
+        for ragged, scores in ((examples.positives, teacher.positives), (examples.negatives, teacher.negatives))
+    ]
+    assert found == [{"玄": 1, "地": 2}, {"荒": 3, "宇": 4}]
+    assert [(one.name, one.task) for one in examples.sources] == [
+        ("a", "retrieval"),
+        ("b", "similarity"),
+        ("a", "classification"),
+    ]
+    assert examples.source is not None
+    assert examples.source.tolist() == [0, 1, 2, 0]
+    np.testing.assert_array_equal(examples.label, [np.nan, 0.25, np.nan, np.nan])
+    assert sorted(passages[row] for row in examples.known_positives[0]) == sorted(["玄", "地"])
+
+
+def test_all_tasks_scores_and_prompts_train_together(project: Path, encoder_folder: Path) -> None:
+    texts = make_texts(60, seed=9)
+    rows = [
+        [
+            {"query": one, "pos": [two], "neg": [three], "pos_scores": [2], "neg_scores": [0.5], "source": "law"},
+            {"query": one, "pos": [two], "task": "similarity", "score": i / 20, "source": "sts"},
+            {"query": one, "pos": [two], "neg": [three], "task": "classification", "source": "news"},
+        ][i % 3]
+        for i, (one, two, three) in enumerate(zip(texts[:20], texts[20:40], texts[40:], strict=True))
+    ]
+    (project / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    sources = {"law": {"weight": 2.0, "query_prompt": "q: ", "passage_prompt": ""}}
+    settings = SMALL | {"sources": sources, "distillation": {"weight": 0.5, "temperature": 1.0}, "batch_size": 4}
+    folder = peg.finetune(project / "pairs.jsonl", encoder=str(encoder_folder), output="mine", **settings)
+    assert weights_sha256(folder) != weights_sha256(encoder_folder)
+    prompts = read_json(folder / "config_sentence_transformers.json")["prompts"]
+    assert (prompts["law-query"], prompts["law-passage"], prompts["query"]) == ("q: ", "", "q: ")
+    steps = (folder / "train_curve.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(steps) == 2 * (4 + 2 + 2)  # 14 rows for retrieval, 7 and 6 for the others
+    with pytest.raises(InputError, match=r"train\.sources names \['low'\], the rows of .*\['law', 'news', 'sts'\]"):
+        peg.finetune(
+            project / "pairs.jsonl", encoder=str(encoder_folder), output="other", sources={"low": sources["law"]}
+        )
 
 
 def test_a_folder_of_other_things_is_never_replaced_and_said_before_training(

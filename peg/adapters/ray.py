@@ -1,19 +1,20 @@
 """Training over Ray Train workers: Ray starts, places and restarts processes; the loop is peg.train.loop's.
 
 A worker that dies is started again with the others, up to train.max_failures times; they go on from the newest
-checkpoint in the training's folder, which all nodes must see.
+checkpoint in the training's folder, which all nodes must see. One that says what is wrong (an error of this
+project's) is not asked twice.
 """
 
 import logging
 import os
 import secrets
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from peg.config import Train
-from peg.errors import InputError, StageError
+from peg.errors import InputError, PegError, StageError
+from peg.train.local import LOOPBACK, MEETING, forget_meetings, note, run_rank
 from peg.workspace import STATE
 
 _MAX_SOCKET_PATH = 40  # Ray puts about 65 more characters behind it, and a Unix socket's path ends at 107
@@ -29,6 +30,7 @@ def launch(folder: Path, config: Train) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    forget_meetings(folder)
     try:
         _connect(config, own=own)
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -51,10 +53,14 @@ def launch(folder: Path, config: Train) -> None:
                 name=f"{folder.parent.name}-{folder.name}",
                 storage_path=str((STATE / "ray" / "results").resolve()),
                 failure_config=FailureConfig(max_failures=config.max_failures),
+                callbacks=[_watcher(folder.resolve())],
             ),
         )
         trainer.fit()
     except TrainingFailedError as error:
+        said = getattr(error, "controller_failure", None)  # what the watcher raised
+        if isinstance(said, PegError):
+            raise said from error
         raise StageError(f"training over Ray failed: {_cause(error)}") from error
     finally:
         ray.shutdown()
@@ -73,6 +79,22 @@ def _file_rendezvous() -> Any:
     return FileRendezvous()
 
 
+def _watcher(folder: Path) -> Any:
+    """Notes in the training's log why workers died, and stops where they said what is wrong: it would be so again."""
+    from ray.train import UserCallback
+
+    class Watcher(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            for error in worker_exceptions.values():
+                if isinstance(error, PegError):
+                    raise error
+            reasons = "; ".join(f"rank {rank}: {_cause(error)}" for rank, error in sorted(worker_exceptions.items()))
+            note(folder, f"workers died ({reasons}); training starts again if train.max_failures allows it")
+
+    return Watcher()
+
+
 def _worker(task: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
@@ -80,18 +102,18 @@ def _worker(task: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from peg.model.distributed import Workers
-    from peg.train import loop
 
     folder, context = Path(task["folder"]), ray.train.get_context()
     if not dist.is_initialized():
-        meeting = folder / f"rendezvous-{broadcast_from_rank_zero(secrets.token_hex(8))}"
+        world_size = context.get_world_size()
+        meeting = folder / f"{MEETING}{broadcast_from_rank_zero(secrets.token_hex(8))}"
         dist.init_process_group(
             task["backend"],
-            init_method=f"file://{meeting}",
+            store=dist.FileStore(str(meeting), world_size),  # type: ignore[attr-defined]
             rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
+            world_size=world_size,
         )
-    loop.run(folder, Workers(), device=get_device())
+    run_rank(folder, Workers(), device=get_device())
     ray.train.report({})
 
 
@@ -139,8 +161,7 @@ def _environment(*, own: bool) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     # Ray listens on the loopback alone where it knows that no other node will come; the variable's name is history.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
 
 
 def _cause(error: BaseException) -> str:

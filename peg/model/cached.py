@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from peg.errors import StageError
-from peg.model.distributed import Group, scatter_rows
+from peg.model.distributed import Group
 from peg.model.encoder import Encoder
-from peg.model.losses import Columns, Exponents, progressive_loss
-from peg.model.microbatch import pad_ids, token_batches
+from peg.model.microbatch import token_batches
+from peg.model.objective import Objective, Targets, embedding_gradients
 
 # Twice the same work in the same order differs by nothing on CPU; GPU kernels may add in another order.
 _SEEDS = 1 << 63
@@ -32,26 +32,22 @@ _REPLAY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 class LocalTexts:
     """This rank's part of a global batch of N queries.
 
-    ids: token ids of this rank's queries, then of its M passages. query_position: index of each of its queries in
-    the global batch. columns: over its passages, for all N queries.
+    ids: token ids of this rank's queries, in the order of the batch, then of its M passages.
+    query_rank: (N,) int64, the rank that embeds each query. targets: over its passages, for all N queries.
     """
 
     ids: Sequence[np.ndarray]
-    query_position: Tensor
-    num_queries: int
-    columns: Columns
+    query_rank: Tensor
+    targets: Targets
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """How a step is computed; see config.Train for what each means."""
 
-    temperature: float
-    exponents: Exponents
-    margin: float | None
+    objective: Objective
     micro_batch_tokens: int
     keep_activations_tokens: int
-    score_block: int
     precision: str
     dropout_seed: int
 
@@ -63,27 +59,20 @@ def accumulate_gradients(
 
     Raises StageError where the second pass does not repeat the first, which would give garbage without an error.
     """
-    micro_batches = token_batches([len(ids) for ids in texts.ids], budget=settings.micro_batch_tokens)
+    micro_batches = token_batches(
+        [len(ids) for ids in texts.ids], budget=settings.micro_batch_tokens, padded=not encoder.packed
+    )
     device = encoder.device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         embedding_TD, kept = _embed(encoder, texts, micro_batches, settings)
-        num_local = len(texts.query_position)
-        query_ND = scatter_rows(embedding_TD[:num_local], texts.query_position, num_rows=texts.num_queries, group=group)
-        loss = progressive_loss(
-            query_ND,
-            embedding_TD[num_local:],
-            texts.columns,
-            temperature=settings.temperature,
-            exponents=settings.exponents,
-            margin=settings.margin,
-            block=settings.score_block,
-            group=group,
-        )
-        grad_query_ND = group.sum_(loss.grad_query_ND)
-        grad_TD = torch.cat([grad_query_ND[texts.query_position], loss.grad_passage_MD])
+        num_local = int((texts.query_rank == group.rank).sum())
+        query_ND = group.gather_rows(embedding_TD[:num_local], texts.query_rank)
+        loss = embedding_gradients(query_ND, embedding_TD[num_local:], texts.targets, settings.objective, group)
+        del query_ND
+        grads = (group.sum_rows(loss.grad_query_ND, texts.query_rank), loss.grad_passage_MD)
         _backpropagate(
-            encoder, texts, micro_batches, kept=kept, embedding_TD=embedding_TD, grad_TD=grad_TD, settings=settings
+            encoder, texts, micro_batches, kept=kept, embedding_TD=embedding_TD, grads=grads, settings=settings
         )
     _sum_parameter_gradients(encoder, group)
     return loss.loss, loss.stats
@@ -108,10 +97,8 @@ def _embed(
 
 def _embed_one(encoder: Encoder, texts: LocalTexts, rows: np.ndarray, index: int, settings: StepSettings) -> Tensor:
     torch.manual_seed(((settings.dropout_seed << 20) + index) % _SEEDS)
-    ids_BL, mask_BL = pad_ids([texts.ids[row] for row in rows], pad_id=encoder.pad_id, device=encoder.device)
-    with _autocast(settings.precision, encoder.device):
-        rows_BD: Tensor = encoder(ids_BL, mask_BL)
-    return rows_BD
+    with autocast(settings.precision, encoder.device):
+        return encoder.embed([texts.ids[row] for row in rows])
 
 
 def _backpropagate(
@@ -121,11 +108,13 @@ def _backpropagate(
     *,
     kept: dict[int, Tensor],
     embedding_TD: Tensor,
-    grad_TD: Tensor,
+    grads: tuple[Tensor, Tensor],
     settings: StepSettings,
 ) -> None:
+    grad_query_LD, grad_passage_MD = grads
+    num_queries = len(grad_query_LD)
     for index, rows in enumerate(micro_batches):
-        at = torch.from_numpy(rows)
+        at = torch.from_numpy(rows).to(embedding_TD.device)
         rows_BD = kept.pop(index, None)
         if rows_BD is None:
             rows_BD = _embed_one(encoder, texts, rows, index, settings)
@@ -136,7 +125,11 @@ def _backpropagate(
                     f"the second pass differs from the first by {drift:.2g} in micro-batch {index}; its dropout was "
                     "not replayed, and the gradient would be wrong: set train.dropout to 0 and report this encoder"
                 )
-        torch.autograd.backward([rows_BD], [grad_TD[at]])
+        grad_BD = torch.empty_like(rows_BD)
+        is_query = at < num_queries
+        grad_BD[is_query] = grad_query_LD[at[is_query]]
+        grad_BD[~is_query] = grad_passage_MD[at[~is_query] - num_queries]
+        torch.autograd.backward([rows_BD], [grad_BD])
 
 
 def _sum_parameter_gradients(encoder: Encoder, group: Group) -> None:
@@ -157,7 +150,8 @@ def _sum_parameter_gradients(encoder: Encoder, group: Group) -> None:
         start += parameter.numel()
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which an encoder computes at that precision."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

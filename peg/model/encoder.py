@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from peg.errors import InputError
+from peg.model import packed
 from peg.model.microbatch import pad_ids, token_batches
+from peg.model.packed import Pooling
+from peg.model.sentence_folder import read_settings, write_settings
 from peg.progress import Progress
-from peg.workspace import file_sha256, read_json, write_json
+from peg.workspace import file_sha256
 
-Pooling = Literal["mean", "cls"]
 Kind = Literal["query", "passage"]
 
 WEIGHTS = "model.safetensors"
@@ -51,6 +53,49 @@ class Encoder(nn.Module):
         self.pooling: Pooling = pooling
         self.prompts = prompts
         self.max_length = max_length
+        self._layers = packed.Layers()
+        self._checkpoint_layers = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts are embedded without padding; path_line says why not."""
+        return packed.reason_against(self.backbone) is None
+
+    @property
+    def path_line(self) -> str:
+        """One line for a log: how texts are embedded, and why so."""
+        if (reason := packed.reason_against(self.backbone)) is not None:
+            return f"texts are padded: {reason}"
+        dropouts = [layer.attention.self.dropout.p for layer in self.backbone.encoder.layer] if self.training else []
+        kernels = {
+            name: packed.kernel(self.device, dtype, dropout=max(dropouts, default=0.0))
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        }
+        return f"texts are packed without padding; attention: {kernels['bf16']} in bf16, {kernels['fp32']} in fp32"
+
+    @property
+    def checkpoint_layers(self) -> bool:
+        """Whether a graph keeps each layer's input alone, and computes the layer again in the backward pass."""
+        return self._checkpoint_layers
+
+    @checkpoint_layers.setter
+    def checkpoint_layers(self, wanted: bool) -> None:
+        if not self.packed:
+            if wanted and not self.backbone.supports_gradient_checkpointing:
+                raise InputError(
+                    f"{self.backbone.config.model_type} cannot compute its layers again; "
+                    "set train.gradient_checkpointing to false"
+                )
+            name = "activation" if hasattr(self.backbone, "activation_checkpointing_enable") else "gradient"
+            if wanted:  # transformers 5 renamed both
+                getattr(self.backbone, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            else:
+                getattr(self.backbone, f"{name}_checkpointing_disable")()
+        self._checkpoint_layers = wanted
+
+    def compile_layers(self) -> None:
+        """torch.compile what a packed layer computes beside attention; nothing where texts are padded."""
+        self._layers.compile()
 
     @property
     def dimension(self) -> int:
@@ -92,10 +137,12 @@ class Encoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{name} is not a model that transformers can load: {_first_line(error)}") from error
-        said = _saved_settings(folder)
+        said = read_settings(folder)
         pooling = pooling or said.get("pooling")
         if pooling is None:
-            raise InputError(f"{name} does not say how token vectors are pooled; set base.pooling to 'mean' or 'cls'")
+            raise InputError(
+                f"{name} does not say how token vectors are pooled; set base.pooling to 'mean', 'cls' or 'last'"
+            )
         limit = num_positions(config)
         length = min(max_length or int(said.get("max_length") or limit), limit)
         encoder = cls(
@@ -110,21 +157,47 @@ class Encoder(nn.Module):
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Embed padded token ids.
 
-        ids_BL, mask_BL: (B, L), the mask 1 on real tokens. Returns (B, D) unit rows, fp32 or the weights' own
-        precision if that is higher.
+        ids_BL, mask_BL: (B, L), the mask 1 on real tokens, which come first. Returns (B, D) unit rows, fp32 or the
+        weights' own precision if that is higher.
         """
         hidden_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         hidden_BLD = hidden_BLD.to(torch.promote_types(hidden_BLD.dtype, torch.float32))
         if self.pooling == "cls":
             pooled_BD = hidden_BLD[:, 0]
+        elif self.pooling == "last":
+            pooled_BD = hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), mask_BL.sum(1) - 1]
         else:
             weight_BL1 = mask_BL.unsqueeze(-1).to(hidden_BLD.dtype)
             pooled_BD = (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
         return nn.functional.normalize(pooled_BD, dim=-1)
 
-    def tokenize(self, texts: Sequence[str], *, kind: Kind, max_length: int | None = None) -> list[list[int]]:
-        """Token ids of each text, prompt and special tokens included, cut to max_length tokens."""
-        prompt = self.prompts.of(kind)
+    def embed(self, ids: Sequence[np.ndarray | Sequence[int]]) -> Tensor:
+        """Embed texts given as token ids, all at once, under the caller's autocast and grad mode.
+
+        Returns (B, D) unit rows in their order, fp32 or the weights' own precision if that is higher.
+        Raises ValueError where a text has no tokens.
+        """
+        if not len(ids):
+            return torch.empty(0, self.dimension, device=self.device)
+        if empty := [index for index, one in enumerate(ids) if not len(one)]:
+            raise ValueError(f"text {empty[0]} has no tokens, so no embedding; give texts of one token at least")
+        if not self.packed:
+            rows_BD: Tensor = self(*pad_ids(ids, pad_id=self.pad_id, device=self.device))
+            return rows_BD
+        packing = packed.pack(ids, self.backbone, device=self.device)
+        pooled_BD = packed.embed(
+            self.backbone, packing, self._layers, pooling=self.pooling, recompute=self.checkpoint_layers
+        )
+        return nn.functional.normalize(packing.as_given(pooled_BD), dim=-1)
+
+    def tokenize(
+        self, texts: Sequence[str], *, kind: Kind, max_length: int | None = None, prompt: str | None = None
+    ) -> list[list[int]]:
+        """Token ids of each text, prompt and special tokens included, cut to max_length tokens.
+
+        prompt: instead of the encoder's own for that kind.
+        """
+        prompt = self.prompts.of(kind) if prompt is None else prompt
         batch = self.tokenizer(
             [prompt + text for text in texts],
             truncation=True,
@@ -144,15 +217,14 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """Embed texts in batches of similar length, of at most `batch_tokens` padded tokens each.
+        """Embed texts in batches of similar length, of at most `batch_tokens` tokens each (see token_batches).
 
         Returns (N, D) float32 unit rows, in the order of the texts.
         """
         ids = self.tokenize(texts, kind=kind, max_length=max_length)
         rows_ND = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for batch in token_batches([len(one) for one in ids], budget=batch_tokens):
-            ids_BL, mask_BL = pad_ids([ids[i] for i in batch], pad_id=self.pad_id, device=self.device)
-            rows_ND[batch] = self(ids_BL, mask_BL).float().cpu().numpy()
+        for batch in token_batches([len(one) for one in ids], budget=batch_tokens, padded=not self.packed):
+            rows_ND[batch] = self.embed([ids[i] for i in batch]).float().cpu().numpy()
             if progress:
                 progress.advance(len(batch))
         return rows_ND
@@ -168,30 +240,13 @@ class Encoder(nn.Module):
         with quiet_transformers():
             self.backbone.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
-        write_json(
-            folder / "modules.json",
-            [
-                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-                {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-            ],
-        )
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
-        write_json(
-            folder / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": self.dimension,
-                "pooling_mode_cls_token": self.pooling == "cls",
-                "pooling_mode_mean_tokens": self.pooling == "mean",
-                "include_prompt": True,
-            },
-        )
-        (folder / "2_Normalize").mkdir(exist_ok=True)
-        # sentence-transformers' encode_query and encode_document look for these names.
-        prompts = {"query": self.prompts.query, "document": self.prompts.passage, "passage": self.prompts.passage}
-        write_json(
-            folder / "config_sentence_transformers.json",
-            {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+        write_settings(
+            folder,
+            dimension=self.dimension,
+            pooling=self.pooling,
+            query_prompt=self.prompts.query,
+            passage_prompt=self.prompts.passage,
+            max_length=self.max_length,
         )
 
 
@@ -225,24 +280,6 @@ def local_folder(name: str, revision: str | None) -> Path:
             f"{name} is neither a folder here nor could it be had from the hub ({_first_line(error)}); "
             "give a model folder, or a network that reaches the hub"
         ) from error
-
-
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    said: dict[str, Any] = {}
-    if (pooling_file := folder / "1_Pooling" / "config.json").is_file():
-        pooling = read_json(pooling_file)
-        modes = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-        on = [name for name, key in modes.items() if pooling.get(key) or pooling.get("pooling_mode") == name]
-        if len(on) != 1:
-            raise InputError(f"{pooling_file} asks for a pooling other than 'mean' or 'cls'; set base.pooling to one")
-        said["pooling"] = on[0]
-    if (length_file := folder / "sentence_bert_config.json").is_file():
-        said["max_length"] = read_json(length_file).get("max_seq_length")
-    if (prompts_file := folder / "config_sentence_transformers.json").is_file():
-        prompts = read_json(prompts_file).get("prompts") or {}
-        said["query"] = prompts.get("query") or ""
-        said["passage"] = prompts.get("passage") or prompts.get("document") or ""
-    return said
 
 
 @contextmanager

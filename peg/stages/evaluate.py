@@ -16,6 +16,7 @@ from peg.errors import InputError
 from peg.evaluate.beir import RetrievalSet, read_beir
 from peg.evaluate.report import Curve, Findings, render
 from peg.evaluate.suite import Measure, SystemResult, compare, score_samples, system_result
+from peg.evaluate.weighting import read_weighting
 from peg.model.encoder import WEIGHTS, Encoder, weights_sha256
 from peg.workspace import STATE, Work, read_json, stage_work, write_json
 
@@ -23,6 +24,7 @@ MODELS = {"base": Path("models/base"), "trained": Path("models/trained")}
 RESULTS, COMPARISON, REPORT = Path("reports/results"), Path("reports/comparison.json"), Path("reports/report.html")
 METRICS = Path("metrics/evaluate.json")
 TRAIN_CURVE, DEV_CURVE = Path("reports/train_curve.csv"), Path("reports/dev_curve.csv")
+WEIGHTING = Path("reports/weighting.csv")
 COUNTS = {stage: Path(f"metrics/{stage}.json") for stage in ("prepare", "mine", "train")}
 PAIRS = (("trained", "base"), ("trained", "bm25"), ("base", "bm25"))
 
@@ -70,6 +72,7 @@ def run(config: Config, *, measure: Measure) -> None:
                 data=data,
                 train_curve=_read_curve(TRAIN_CURVE),
                 dev_curve=_read_curve(DEV_CURVE),
+                weighting=read_weighting(WEIGHTING),
                 counts={stage: read_json(path) for stage, path in COUNTS.items()},
                 params=params,
                 examples=config.evaluate.examples,

@@ -11,7 +11,7 @@ from peg.config import Config, Mining
 from peg.data.store import Store, StoreWriter, open_store
 from peg.mining.bm25 import BM25Index
 from peg.mining.dense import DenseIndex, embed
-from peg.mining.negatives import Pool, Rules, make_pool
+from peg.mining.negatives import Pool, Rules, labelled_pool, make_pool
 from peg.model.encoder import Encoder, Kind
 from peg.progress import Progress
 from peg.workspace import stage_work, write_json
@@ -83,23 +83,40 @@ def mine(
         Progress("mine", total=num_pairs, unit="pairs") as progress,
     ):
         for pairs in _blocks(prepared.rows("pairs")):
-            rankings = searches.rankings([pair["query"] for pair in pairs])
-            for pair, ranking in zip(pairs, rankings, strict=True):
+            searched = [pair["query"] for pair in pairs if pair["task"] == "retrieval"]
+            rankings = iter(searches.rankings(searched) if searched else [])
+            for pair in pairs:
                 query = pair["query"]
-                pool = make_pool(
-                    ranking,
-                    query_D=queries_QD[query],
-                    passages_PD=passages_PD,
-                    positives=known[query],
-                    labelled=pair["negatives"],
-                    name=searches.query_texts[query],
-                    rules=rules,
-                )
-                counts.add(pool, passages_PD[pair["positives"]] @ queries_QD[query], pool_size=mining.pool_size)
-                found = {"negatives": pool.rows.tolist(), "scores": pool.scores.tolist(), "ranks": pool.ranks.tolist()}
-                writer.add("triples", **{**pair, **found})
+                if pair["task"] == "retrieval":
+                    pool = make_pool(
+                        next(rankings),
+                        query_D=queries_QD[query],
+                        passages_PD=passages_PD,
+                        positives=known[query],
+                        labelled=pair["negatives"],
+                        name=searches.query_texts[query],
+                        rules=rules,
+                    )
+                    counts.add(pool, passages_PD[pair["positives"]] @ queries_QD[query], pool_size=mining.pool_size)
+                else:
+                    pool = labelled_pool(pair["negatives"], query_D=queries_QD[query], passages_PD=passages_PD)
+                    counts.num_not_mined += 1
+                writer.add("triples", **(pair | _columns(pool, pair)))
                 progress.advance()
     return counts.summary(num_queries=len(known))
+
+
+def _columns(pool: Pool, pair: dict[str, Any]) -> dict[str, Any]:
+    """What mining adds to a pair. A teacher has scored labelled negatives alone."""
+    scores = pair["teacher_negatives"]
+    given = dict(zip(pair["negatives"], scores, strict=True)) if scores else {}
+    rows = pool.rows.tolist()
+    return {
+        "negatives": rows,
+        "scores": pool.scores.tolist(),
+        "ranks": pool.ranks.tolist(),
+        "teacher_negatives": [given.get(row) for row in rows] if scores is not None else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -133,7 +150,10 @@ class _Searches:
 
 @dataclass
 class _Counts:
+    """num_not_mined: pairs of tasks that need no negatives beyond their own; they are in no other count."""
+
     pool_sizes: list[int] = field(default_factory=list)
+    num_not_mined: int = 0
     num_short: int = 0
     num_filled: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "positive": 0, "ceiling": 0})
@@ -154,27 +174,29 @@ class _Counts:
         num_pairs = len(self.pool_sizes)
         return {
             "pairs": num_pairs,
+            "not_mined": self.num_not_mined,
             "queries": num_queries,
             "pool": {
-                "mean": round(sum(self.pool_sizes) / num_pairs, 3),
-                "smallest": min(self.pool_sizes),
-                "share_short": round(self.num_short / num_pairs, 4),
+                "mean": round(sum(self.pool_sizes) / max(num_pairs, 1), 3),
+                "smallest": min(self.pool_sizes, default=0),
+                "share_short": round(self.num_short / max(num_pairs, 1), 4),
                 "filled": self.num_filled,
             },
             "dropped": self.dropped,
             "mean_score": {
-                "positives": round(float(np.mean(self.positive_scores)), 4),
+                "positives": round(float(np.mean(self.positive_scores)), 4) if self.positive_scores else 0.0,
                 "negatives": round(float(np.mean(self.negative_scores)), 4) if self.negative_scores else 0.0,
             },
         }
 
 
 def _known_positives(prepared: Store) -> dict[int, list[int]]:
-    """By query row, the positives of all its pairs."""
+    """By query row, the positives of all its pairs but those that are only compared with it."""
     known: dict[int, dict[int, None]] = {}
-    columns = prepared.columns("pairs", ["query", "positives"])
-    for query, positives in zip(columns["query"], columns["positives"], strict=True):
-        known.setdefault(query, {}).update(dict.fromkeys(positives))
+    columns = prepared.columns("pairs", ["query", "positives", "task"])
+    for query, positives, task in zip(*columns.values(), strict=True):
+        if task != "similarity":
+            known.setdefault(query, {}).update(dict.fromkeys(positives))
     return {query: list(positives) for query, positives in known.items()}
 
 

@@ -85,7 +85,13 @@ def _split(collected: Collected, data: Data, *, seed: int) -> Split:
         test_queries=holdout.test_queries,
         near_duplicate=holdout.near_duplicate,
         seed=seed,
+        has_answer=_mask((pair.query for pair in _answered(collected)), collected.texts.num_rows("queries")),
     )
+
+
+def _answered(collected: Collected) -> Iterable[RowPair]:
+    """The pairs that can be measured: of the other tasks no passage answers the query."""
+    return (pair for pair in collected.pairs if pair.source.task == "retrieval")
 
 
 def _links(pairs: Iterable[RowPair]) -> Links:
@@ -146,6 +152,9 @@ def _write_training(writer: StoreWriter, collected: Collected, kept: list[RowPai
             source=pair.source.name,
             domain=pair.source.domain,
             task=pair.source.task,
+            score=pair.score,
+            teacher_positives=[pair.teacher.get(row) for row in pair.positives] if pair.teacher else None,
+            teacher_negatives=[pair.teacher.get(row) for row in pair.negatives] if pair.teacher else None,
         )
     num_positives = sum(len(pair.positives) for pair in kept)
     num_negatives = sum(len(pair.negatives) for pair in kept)
@@ -175,7 +184,7 @@ def _write_sides(
     Passages of dropped pairs stay out: they may well answer a held-out query, with no judgement that says so.
     """
     store = collected.texts
-    links = _links(collected.pairs)
+    links = _links(_answered(collected))
     is_other = _mask((row for pair in kept for row in (*pair.positives, *pair.negatives)), store.num_rows("passages"))
     out = {}
     for side, rows, size in (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -9,10 +10,12 @@ from peg.config import Config
 from peg.data.store import Store, open_store
 from peg.model.card import model_card
 from peg.model.encoder import Encoder, weights_sha256
-from peg.train.batches import Examples, Ragged
-from peg.train.data import Texts, known_positives
+from peg.records import Task
+from peg.train.batches import Examples, Ragged, SourceInfo, Teacher
+from peg.train.data import Texts, make_examples
 from peg.train.follow import Row
 from peg.train.loop import METRICS
+from peg.train.prompts import save_prompts, with_prompts
 from peg.train.run import Launch, publish_model, train_model, write_curves
 from peg.workspace import key_of, path_digest, stage_work, write_json
 
@@ -34,9 +37,10 @@ def run(config: Config, *, launch: Launch, watch: Callable[[str, Path], Callable
         encoder = Encoder.load(config.train.encoder)
         digests = {str(path): path_digest(path) for path in (PREPARED, MINED)}
         digests["encoder"] = weights_sha256(Path(config.train.encoder))
+        examples, domains = read_examples(mined, num_queries=prepared.num_rows("queries"))
         summary = train_model(
             work.scratch,
-            _texts(prepared, mined),
+            with_prompts(_texts(prepared, examples), config.train.sources, encoder.prompts),
             config=config.train,
             seed=config.seed,
             encoder=encoder,
@@ -44,28 +48,52 @@ def run(config: Config, *, launch: Launch, watch: Callable[[str, Path], Callable
             launch=launch,
             on_row=watch(work.key, work.scratch) if watch else lambda _: None,
         )
-        card = model_card(config, encoder, summary, title=config.registry.model_name, data=_data_line(config))
+        named = zip(examples.sources, domains, strict=True)
+        data = ", ".join(f"{one.name} ({domain}, {one.task})" for one, domain in named)
+        card = model_card(config, encoder, summary, title=config.registry.model_name, data=data)
+        save_prompts(work.scratch / "final", config.train.sources, encoder.prompts)
         publish_model(work.scratch / "final", work.out(TRAINED), card=card)
         write_curves(
             work.scratch / METRICS,
             train_csv=work.out("reports/train_curve.csv"),
             dev_csv=work.out("reports/dev_curve.csv"),
+            weighting_csv=work.out("reports/weighting.csv"),
         )
         write_json(work.out("metrics/train.json"), summary)
 
 
-def _texts(prepared: Store, mined: Store) -> Texts:
-    query = np.asarray(mined.columns("triples", ["query"])["query"], dtype=np.int64)
-    positives, negatives = (Ragged(*mined.ragged("triples", name)) for name in ("positives", "negatives"))
-    num_queries = prepared.num_rows("queries")
+def _texts(prepared: Store, examples: Examples) -> Texts:
     return Texts(
         queries=prepared.texts("queries"),
-        num_queries=num_queries,
+        num_queries=prepared.num_rows("queries"),
         passages=prepared.texts("passages"),
         num_passages=prepared.num_rows("passages"),
-        examples=Examples(query, positives, negatives, known_positives(query, positives, num_queries=num_queries)),
+        examples=examples,
     )
 
 
-def _data_line(config: Config) -> str:
-    return ", ".join(f"{source.name} ({source.domain}, {source.task})" for source in config.data.sources)
+def read_examples(mined: Store, *, num_queries: int) -> tuple[Examples, tuple[str, ...]]:
+    """What mining has written, and the domain of each of its sources."""
+    sources, source = mined.groups("triples", ["source", "domain", "task"])
+    passages, scores = (
+        {name: Ragged(*mined.ragged("triples", f"{kind}{name}")) for name in ("positives", "negatives")}
+        for kind in ("", "teacher_")
+    )
+    has_teacher = any(len(one.values) for one in scores.values())
+    examples = make_examples(
+        mined.array("triples", "query"),
+        **passages,
+        num_queries=num_queries,
+        sources=tuple(SourceInfo(name, cast(Task, task)) for name, _, task in sources),
+        source=source,
+        label=mined.array("triples", "score"),
+        teacher=Teacher(**{name: _parallel(scores[name], passages[name]) for name in scores}) if has_teacher else None,
+    )
+    return examples, tuple(domain for _, domain, _ in sources)
+
+
+def _parallel(scores: Ragged, passages: Ragged) -> np.ndarray:
+    """Scores parallel to passages.values, NaN in rows that have none."""
+    out = np.full(len(passages.values), np.nan, dtype=np.float32)
+    out[passages.index(np.flatnonzero(np.diff(scores.offsets)))[0]] = scores.values
+    return out

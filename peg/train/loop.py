@@ -5,29 +5,34 @@ It reads `task.json` and the training data in its folder, goes on from the newes
 """
 
 import json
-import math
-import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peg.config import Train
 from peg.errors import StageError
-from peg.evaluate.metrics import ndcg
-from peg.model.cached import LocalTexts, StepSettings, accumulate_gradients
-from peg.model.distributed import Group, scatter_rows
+from peg.model.cached import StepSettings, accumulate_gradients
+from peg.model.distributed import Group
 from peg.model.encoder import Encoder
-from peg.model.losses import Columns, Exponents
-from peg.model.microbatch import pad_ids, token_batches
-from peg.model.schedule import learning_rate, ramp
+from peg.model.lora import add_adapters, merge_adapters
+from peg.model.objective import Objective
+from peg.model.schedule import learning_rate
+from peg.model.weighting import weights_at
 from peg.train import checkpoint
-from peg.train.batches import Batch, draw_batch, share_by_tokens, steps_per_epoch
-from peg.train.data import DevSet, TrainingData
+from peg.train.batches import Batch, Plan
+from peg.train.budget import micro_batch_tokens
+from peg.train.data import TrainingData
+from peg.train.dealing import dev_ndcg, local_texts
+from peg.train.guard import LossGuard
+from peg.train.identity import differences, identity_of
+from peg.train.moments import bins_of_batch, moment_of, table_rows
+from peg.train.optimizer import Ema, adamw, load_optimizer, optimizer_tensors, set_learning_rate
 from peg.workspace import read_json, write_json
 
 METRICS = "metrics.jsonl"
@@ -54,12 +59,12 @@ def run(
     """Train to the end; every rank calls this with the same folder.
 
     after_step(step) is called when a step and its checkpoint, if it has one, are complete.
-    Raises StageError at a loss or gradient that is not finite, with the step, the batch and the last checkpoint.
+    Raises StageError at a loss that is not finite or jumps, with the step, the batch and the last checkpoint.
     """
     task = read_json(folder / "task.json")
     config = Train.model_validate(task["config"])
     torch.set_num_threads(config.threads_per_worker)
-    trainer = _Trainer(folder, task, config, group, device)
+    trainer = Trainer(folder, task, config, group, device)
     trainer.resume()
     while trainer.step < trainer.num_steps and not trainer.stopped_early:
         trainer.train_step()
@@ -69,56 +74,62 @@ def run(
     group.barrier()
 
 
-class _Trainer:
+class Trainer:
     """The state of a training: weights, optimizer, and a step counter from which all else follows."""
 
     def __init__(self, folder: Path, task: dict[str, Any], config: Train, group: Group, device: torch.device) -> None:
         self.folder, self.config, self.group, self.device = folder, config, group, device
         self.seed: int = task["seed"]
         self.data = TrainingData.open(folder)
-        torch.manual_seed(self.seed)  # weights that the encoder's folder lacks would be drawn
+        torch.manual_seed(self.seed)  # adapters are drawn, and weights that the encoder's folder lacks
         self.encoder = Encoder.load(task["encoder"]).to(device).train()
         _set_dropout(self.encoder, config.dropout)
-        self.optimizer = _adamw(self.encoder, config)
-        self.steps_per_epoch = steps_per_epoch(len(self.data.examples), batch_size=config.batch_size)
-        self.num_steps = self.steps_per_epoch * config.epochs
+        if config.lora:
+            add_adapters(self.encoder, rank=config.lora.rank, alpha=config.lora.alpha)
+        self.encoder.checkpoint_layers = config.gradient_checkpointing
+        if config.compile and device.type == "cuda":
+            self.encoder.compile_layers()
+        self.optimizer = adamw(
+            self.encoder,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+        self.ema = Ema(self.encoder, decay=config.ema_decay) if config.ema_decay else None
+        self.plan = Plan.of(self.data.examples, config, seed=self.seed)
+        self.num_steps = self.plan.steps_per_epoch * config.epochs
+        self.micro_batch_tokens = micro_batch_tokens(self.encoder, config)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.looks_without_gain = 0
         self.tokens = 0
-        # What must be equal for the same bits; the machine itself is named in lineage.
-        self.identity = {
-            "data": task["data_digest"],
-            "config": task["config"],
-            "seed": self.seed,
-            "world_size": group.world_size,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        }
+        self.identity = identity_of(
+            task,
+            world_size=group.world_size,
+            device=device,
+            micro_batch_tokens=self.micro_batch_tokens,
+            embedding=self.encoder.path_line,
+        )
+        self.guard = LossGuard(config.max_loss_ratio)
 
     @property
     def stopped_early(self) -> bool:
+        """Whether dev has not gained for as many looks as the recipe waits."""
         return self.config.patience is not None and self.looks_without_gain >= self.config.patience
+
+    @property
+    def epoch(self) -> int:
+        """Of the next step, from 0."""
+        return self.step // self.plan.steps_per_epoch
 
     # One step
 
     def train_step(self) -> None:
+        """Draw a batch, add its gradient, clip it, and let the optimizer step."""
         began = time.monotonic()
-        config, epoch = self.config, self.step // self.steps_per_epoch
-        batch = draw_batch(
-            self.data.examples,
-            seed=self.seed,
-            epoch=epoch,
-            step=self.step % self.steps_per_epoch,
-            batch_size=config.batch_size,
-            num_negatives=config.num_negatives,
-        )
+        config, epoch = self.config, self.epoch
+        batch = self.plan.batch(epoch, self.step % self.plan.steps_per_epoch)
         progress = self.step / max(1, self.num_steps - 1)
-        weighting = config.weighting
-        exponents = Exponents(
-            negatives=ramp(progress, **weighting.negatives.model_dump()),
-            queries=ramp(progress, **weighting.queries.model_dump()),
-        )
         rate = learning_rate(
             self.step,
             num_steps=self.num_steps,
@@ -126,100 +137,106 @@ class _Trainer:
             warmup=config.warmup,
             schedule=config.schedule,
         )
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        texts = self._local_texts(batch)
-        loss, stats = accumulate_gradients(self.encoder, texts, self._settings(exponents), self.group)
+        texts, num_tokens = local_texts(self.data, batch, self.group, device=self.device)
+        objective = self.objective(progress)
+        weighting = self._weighting(batch, objective, progress)
+        loss, stats = accumulate_gradients(self.encoder, texts, self.settings(objective), self.group)
         norm = float(nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StageError(self._not_finite(batch, loss, norm))
+        if fault := self.guard.fault(loss, norm):
+            raise StageError(self._stopped(batch, fault))
         self.optimizer.step()
+        if self.ema:
+            self.ema.update()
+        self.guard.passed(loss)
+        self.tokens += num_tokens
         self.step += 1
         self._log(
             step=self.step,
             progress=progress,
             epoch=epoch,
+            task=batch.task,
+            **({"source": batch.source} if batch.source else {}),
             loss=loss,
             learning_rate=rate,
-            negative_exponent=exponents.negatives,
-            query_exponent=exponents.queries,
+            temperature=objective.temperature,
+            **_exponents(config, objective),
             grad_norm=norm,
             queries=len(batch.query),
             passages=len(batch.passage),
             **stats,
+            **({"weighting": weighting} if weighting else {}),
             seconds=time.monotonic() - began,
         )
 
-    def _settings(self, exponents: Exponents) -> StepSettings:
+    def objective(self, progress: float) -> Objective:
+        """What is trained for at that progress in [0, 1]."""
         config = self.config
-        return StepSettings(
-            temperature=config.temperature,
-            exponents=exponents,
+        temperature, weights = weights_at(config.weighting, progress=progress, temperature=config.temperature)
+        taught = config.distillation
+        return Objective(
+            temperature=temperature,
+            weights=weights,
             margin=config.false_negative_margin,
-            micro_batch_tokens=config.micro_batch_tokens,
-            keep_activations_tokens=config.keep_activations_tokens,
+            passage_to_query=config.passage_to_query,
+            distillation=(taught.weight, taught.temperature) if taught else None,
+            similarity_temperature=config.similarity_temperature,
+            dims=config.matryoshka_dims,
             score_block=config.score_block,
-            precision=config.precision,
+        )
+
+    def settings(self, objective: Objective) -> StepSettings:
+        """How the next step is computed on this rank."""
+        return StepSettings(
+            objective=objective,
+            micro_batch_tokens=self.micro_batch_tokens,
+            keep_activations_tokens=self.config.keep_activations_tokens,
+            precision=self.config.precision,
             dropout_seed=(self.seed * 1_000_003 + self.step) * self.group.world_size + self.group.rank,
         )
 
-    def _local_texts(self, batch: Batch) -> LocalTexts:
-        """This rank's texts of a batch: dealt by tokens, the same on every rank."""
-        lengths = np.concatenate([self.data.queries.lengths(batch.query), self.data.passages.lengths(batch.passage)])
-        self.tokens += int(lengths.sum())
-        rank = share_by_tokens(lengths, world_size=self.group.world_size)
-        num_queries = len(batch.query)
-        mine_query = np.flatnonzero(rank[:num_queries] == self.group.rank)
-        mine_passage = np.flatnonzero(rank[num_queries:] == self.group.rank)
-        column = np.full(len(batch.passage), -1, dtype=np.int64)
-        column[mine_passage] = np.arange(len(mine_passage))
-        masked = column[batch.masked_passage] >= 0
-        ids = [self.data.queries[row] for row in batch.query[mine_query]]
-        ids += [self.data.passages[row] for row in batch.passage[mine_passage]]
-        return LocalTexts(
-            ids=ids,
-            query_position=self._tensor(mine_query),
-            num_queries=num_queries,
-            columns=Columns(
-                positive_N=self._tensor(column[batch.positive]),
-                masked_row_K=self._tensor(batch.masked_query[masked]),
-                masked_column_K=self._tensor(column[batch.masked_passage[masked]]),
-            ),
-        )
+    def _weighting(self, batch: Batch, objective: Objective, progress: float) -> list[dict[str, Any]]:
+        """At the start, in the middle and at the end of training: what the weighting does to the batch."""
+        moment = moment_of(self.step, num_steps=self.num_steps)
+        if moment is None or self.group.rank != 0:
+            return []
+        bins = bins_of_batch(self.encoder, self.data, batch, objective, budget=self.micro_batch_tokens)
+        return table_rows(bins, step=self.step + 1, progress=progress, moment=moment)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-    def _not_finite(self, batch: Batch, loss: float, norm: float) -> str:
+    def _stopped(self, batch: Batch, fault: str) -> str:
         rows = ", ".join(map(str, batch.example[:_MAX_ROWS_NAMED]))
         more = f" and {len(batch.example) - _MAX_ROWS_NAMED} more" if len(batch.example) > _MAX_ROWS_NAMED else ""
+        good = checkpoint.newest(self.folder / "checkpoints")
         return (
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the batch held the training rows {rows}{more}. "
-            f"The last good checkpoint is the newest in {self.folder / 'checkpoints'}: look at the rows, lower "
-            "train.learning_rate, or train in fp32"
+            f"step {self.step + 1}: {fault}; the weights were not changed by it. The batch held the training rows "
+            f"{rows}{more}. The last good checkpoint is {good or 'none: no step was saved yet'}. Look at the rows, "
+            "lower train.learning_rate, or train in fp32"
         )
 
     # Looking at dev, checkpoints, the end
 
     def look_and_save(self) -> None:
+        """Measure on dev and write a checkpoint, where it is their turn."""
         config, last = self.config, self.step == self.num_steps
         look = self.data.dev is not None and (last or (config.eval_every and self.step % config.eval_every == 0))
         if look:
             assert self.data.dev is not None
-            value = self.dev_ndcg(self.data.dev)
+            with self._averaged():
+                value = dev_ndcg(self.encoder, self.data.dev, self.group, budget=self.micro_batch_tokens)
             self._log(step=self.step, dev_ndcg_at_10=value)
             if self.best is None or value > self.best["dev_ndcg_at_10"]:
                 self.best = {"step": self.step, "dev_ndcg_at_10": value}
                 self.looks_without_gain = 0
                 if config.keep_best and self.group.rank == 0:
-                    checkpoint.save(
-                        self.folder / "best",
-                        step=self.step,
-                        tensors={"model": self.encoder.state_dict()},
-                        state=self.best,
-                        keep=_KEEP_CHECKPOINTS + 1,
-                    )
+                    with self._averaged():
+                        checkpoint.save(
+                            self.folder / "best",
+                            step=self.step,
+                            tensors={"model": self.encoder.state_dict()},
+                            state=self.best,
+                            keep=_KEEP_CHECKPOINTS + 1,
+                        )
             else:
                 self.looks_without_gain += 1
         if last or look or self.step % config.checkpoint_every == 0:
@@ -228,14 +245,19 @@ class _Trainer:
     def _save(self) -> None:
         if self.group.rank == 0:
             state = {
-                "identity": self.identity,
+                "identity": self.identity.state(),
+                "guard": self.guard.state(),
                 "best": self.best,
                 "looks_without_gain": self.looks_without_gain,
                 "tokens": self.tokens,
-                "epoch": self.step // self.steps_per_epoch,
+                "epoch": self.epoch,
                 "num_steps": self.num_steps,
             }
-            tensors = {"model": self.encoder.state_dict(), "optimizer": _optimizer_tensors(self.optimizer)}
+            tensors = {
+                "model": self.encoder.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, self.encoder),
+                **({"ema": self.ema.tensors()} if self.ema else {}),
+            }
             checkpoint.save(
                 self.folder / "checkpoints", step=self.step, tensors=tensors, state=state, keep=_KEEP_CHECKPOINTS
             )
@@ -243,26 +265,48 @@ class _Trainer:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; metrics of steps after it are forgotten."""
-        found = checkpoint.latest(self.folder / "checkpoints", identity=self.identity, say=self._say)
+        lines = [f"{self.encoder.path_line}; {self.micro_batch_tokens} tokens in a micro-batch"]
+        if self.config.compile and self.device.type != "cuda":
+            lines.append("train.compile is for a GPU; layers run as they are")
+        found = checkpoint.latest(self.folder / "checkpoints", training=self.identity.training, say=lines.append)
         if found:
             self.encoder.load_state_dict(found.tensors["model"])
-            _load_optimizer(self.optimizer, found.tensors["optimizer"])
+            load_optimizer(self.optimizer, self.encoder, found.tensors["optimizer"])
+            if self.ema:
+                self.ema.load(found.tensors["ema"])
             self.step = found.step
             self.best = found.state["best"]
             self.looks_without_gain = found.state["looks_without_gain"]
             self.tokens = found.state["tokens"]
-            self._say(f"going on from step {self.step} of {self.num_steps}")
+            self.guard.restore(found.state["guard"])
+            lines.append(f"going on from step {self.step} of {self.num_steps}")
+            if other := differences(found.state["identity"]["bits"], self.identity.bits):
+                masks = "; dropout draws other masks" if self.config.dropout else ""
+                lines.append(f"{other}: the result equals an uninterrupted run's to rounding, not bit for bit{masks}")
+        furthest = self.group.max(self.step)
+        if self.step != furthest:
+            raise StageError(
+                f"rank {self.group.rank} finds the checkpoint of step {self.step} in {self.folder}, another rank that "
+                f"of step {furthest}; put the folder where all nodes see the same files"
+            )
         if self.group.rank == 0:
             _forget_after(self.folder / METRICS, step=self.step)
+        for line in lines:
+            self._say(line)
         self.group.barrier()
 
     def finish(self) -> None:
+        """Write the model that is given out, and the summary."""
         if self.group.rank != 0:
             return
-        if self.config.keep_best and self.best:
-            kept = checkpoint.read(self.folder / "best", step=self.best["step"])
+        best = self.best if self.config.keep_best else None
+        if best:
+            kept = checkpoint.read(self.folder / "best", step=best["step"])
             self.encoder.load_state_dict(kept.tensors["model"])
-        self.encoder.eval().save(self.folder / "final")
+        with nullcontext() if best else self._averaged():
+            if self.config.lora:
+                merge_adapters(self.encoder)
+            self.encoder.eval().save(self.folder / "final")
         examples = self.data.examples
         write_json(
             self.folder / "summary.json",
@@ -270,36 +314,19 @@ class _Trainer:
                 "steps": self.step,
                 "planned_steps": self.num_steps,
                 "examples": len(examples),
+                "examples_per_epoch": self.plan.examples_per_epoch,
+                "short_batches": self.plan.short_batches,
+                "single_query_batches": self.plan.single_query_batches,
                 "tokens": self.tokens,
-                "best_step": self.best["step"] if self.best and self.config.keep_best else self.step,
+                "best_step": best["step"] if best else self.step,
                 "dev_ndcg_at_10": self.best["dev_ndcg_at_10"] if self.best else None,
                 "short_pools": int((np.diff(examples.negatives.offsets) < self.config.num_negatives).sum()),
             },
         )
 
-    @torch.inference_mode()
-    def dev_ndcg(self, dev: DevSet) -> float:
-        """Mean nDCG@10 over the dev queries; ranks share the encoding."""
-        self.encoder.eval()
-        query_QD, passage_PD = (self._embed(table) for table in (dev.queries, dev.passages))
-        self.encoder.train()
-        top = (query_QD @ passage_PD.T).topk(min(10, len(passage_PD)))
-        scores = [
-            ndcg([str(row) for row in rows], {str(row): grade for row, grade in dev.relevant[query].items()}, k=10)
-            for query, rows in enumerate(top.indices.tolist())
-        ]
-        return float(np.mean(scores))
-
-    def _embed(self, table: Any) -> Tensor:
-        lengths = table.lengths(np.arange(len(table)))
-        mine = np.flatnonzero(share_by_tokens(lengths, world_size=self.group.world_size) == self.group.rank)
-        rows_TD = torch.empty(len(mine), self.encoder.dimension, device=self.device)
-        for batch in token_batches(lengths[mine], budget=self.config.micro_batch_tokens):
-            ids = [table[row] for row in mine[batch]]
-            rows_TD[torch.from_numpy(batch)] = self.encoder(
-                *pad_ids(ids, pad_id=self.encoder.pad_id, device=self.device)
-            )
-        return scatter_rows(rows_TD, self._tensor(mine), num_rows=len(table), group=self.group)
+    def _averaged(self) -> AbstractContextManager[object]:
+        """The encoder holds its running mean inside, where the recipe asks for one."""
+        return self.ema.swapped() if self.ema else nullcontext()
 
     def _say(self, line: str) -> None:
         self._log(event=line)
@@ -319,32 +346,12 @@ def _set_dropout(encoder: Encoder, probability: float) -> None:
                 setattr(module, name, probability)
 
 
-def _adamw(encoder: Encoder, config: Train) -> torch.optim.AdamW:
-    """Weight decay on matrices alone: biases and normalisation have one dimension."""
-    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-    )
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _exponents(config: Train, objective: Objective) -> dict[str, float]:
+    """a and b of this step, under the names that curves are drawn by."""
+    if config.weighting.kind == "temperature":
+        return {"negative_exponent": config.temperature / objective.temperature - 1, "query_exponent": 0.0}
+    weights = objective.weights
+    return {"negative_exponent": weights.slope * objective.temperature, "query_exponent": weights.easiness}
 
 
 def _forget_after(path: Path, *, step: int) -> None:

@@ -11,7 +11,9 @@ from peg.config import Train
 from peg.errors import InputError
 from peg.evaluate.beir import read_beir
 from peg.model.encoder import Encoder
-from peg.train.batches import steps_per_epoch
+from peg.model.lora import check_installed
+from peg.train import moments
+from peg.train.batches import Plan
 from peg.train.data import Texts, write_training_data
 from peg.train.follow import Follower, Row, TrainingProgress
 from peg.train.loop import METRICS, write_task
@@ -26,6 +28,7 @@ _CURVE = [
     "progress",
     "loss",
     "learning_rate",
+    "temperature",
     "negative_exponent",
     "query_exponent",
     "grad_norm",
@@ -51,6 +54,8 @@ def train_model(
 
     Leaves folder/final (the model) and folder/metrics.jsonl. on_row is called with every row of the latter.
     """
+    if config.lora:
+        check_installed()
     folder.mkdir(parents=True, exist_ok=True)
     dev = read_beir(Path(config.dev)) if config.dev else None
     write_training_data(
@@ -62,7 +67,7 @@ def train_model(
         passage_max_length=config.passage_max_length,
     )
     write_task(folder, config=config, seed=seed, encoder=Path(config.encoder), data_digest=data_digest)
-    num_steps = steps_per_epoch(len(texts.examples), batch_size=config.batch_size) * config.epochs
+    num_steps = Plan.of(texts.examples, config, seed=seed).steps_per_epoch * config.epochs
     show = TrainingProgress(num_steps)
 
     def pass_on(row: Row) -> None:
@@ -75,12 +80,13 @@ def train_model(
     return summary
 
 
-def write_curves(metrics: Path, *, train_csv: Path, dev_csv: Path) -> None:
-    """Turn a training's rows into the two tables that reports and `dvc plots` read; no times in them."""
+def write_curves(metrics: Path, *, train_csv: Path, dev_csv: Path, weighting_csv: Path) -> None:
+    """Turn a training's rows into the tables that reports and `dvc plots` read; no times in them."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     _write_csv(train_csv, _CURVE, [row for row in rows if "loss" in row])
     dev = [{"step": row["step"], "ndcg_at_10": row["dev_ndcg_at_10"]} for row in rows if "dev_ndcg_at_10" in row]
     _write_csv(dev_csv, ["step", "ndcg_at_10"], dev)
+    _write_csv(weighting_csv, moments.COLUMNS, [one for row in rows for one in row.get("weighting", [])])
 
 
 def check_target(target: Path) -> None:

@@ -97,3 +97,21 @@ def test_a_bad_passage_is_dropped_alone() -> None:
 
 def test_a_pair_without_a_good_positive_is_dropped() -> None:
     assert clean_pair(make_pair("天地玄黄？", ["短"], ["寒来暑往"]), RULES)[0] is None
+
+
+def test_scores_stay_with_their_passages() -> None:
+    pair = Pair(
+        "天地玄黄",
+        ("短", "宇宙洪荒", " 宇宙洪荒", "日月盈昃"),
+        ("寒来暑往", "宇宙洪荒", "天地玄黄", "秋收冬藏"),
+        source="s",
+        domain="d",
+        task="retrieval",
+        row=7,
+        teacher=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
+    )
+    found, _ = clean_pair(pair, RULES)
+    assert found
+    assert found.positives == ("宇宙洪荒", "日月盈昃")
+    assert found.negatives == ("寒来暑往", "秋收冬藏")
+    assert found.teacher == (2.0, 4.0, 5.0, 8.0)

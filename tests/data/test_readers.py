@@ -50,6 +50,30 @@ def test_rows_come_out_in_order_with_line_numbers(tmp_path: Path) -> None:
         ('{"query": "a", "pos": ["b"], "neg": "c"}', "neg_is_no_list_of_texts"),
         ('{"query": "a", "pos": ["\\ud800"]}', "half_a_surrogate_pair"),
         ("[" * 100_000, "not_json"),
+        ('{"query": "a", "pos": ["b"], "task": "ranking"}', "task_is_unknown"),
+        ('{"query": "a", "pos": ["b"], "task": ["retrieval"]}', "task_is_unknown"),
+        ('{"query": "a", "pos": ["b"], "source": 3}', "source_is_no_text"),
+        ('{"query": "a", "pos": ["b"], "source": "\\ud800"}', "half_a_surrogate_pair"),
+        ('{"query": "a", "pos": ["b"], "score": 0.1}', "score_without_task"),
+        ('{"query": "a", "pos": ["b"], "task": "similarity"}', "similarity_score_is_no_number"),
+        ('{"query": "a", "pos": ["b"], "task": "similarity", "score": true}', "similarity_score_is_no_number"),
+        ('{"query": "a", "pos": ["b"], "task": "similarity", "score": NaN}', "similarity_score_is_no_number"),
+        ('{"query": "a", "pos": ["b"], "task": "similarity", "score": 1e999}', "similarity_score_is_no_number"),
+        (
+            '{"query": "a", "pos": ["b", "c"], "task": "similarity", "score": 1}',
+            "similarity_is_not_of_one_pos_alone",
+        ),
+        (
+            '{"query": "a", "pos": ["b"], "neg": ["c"], "task": "similarity", "score": 1}',
+            "similarity_is_not_of_one_pos_alone",
+        ),
+        ('{"query": "a", "pos": ["b"], "task": "classification"}', "classification_without_neg"),
+        ('{"query": "a", "pos": ["b"], "pos_scores": [1, 2]}', "pos_scores_does_not_fit_pos"),
+        ('{"query": "a", "pos": ["b"], "neg": ["c"], "pos_scores": [1]}', "neg_scores_does_not_fit_neg"),
+        ('{"query": "a", "pos": ["b"], "neg": ["c"], "neg_scores": [1]}', "pos_scores_does_not_fit_pos"),
+        ('{"query": "a", "pos": ["b"], "pos_scores": ["1"]}', "pos_scores_is_no_list_of_numbers"),
+        ('{"query": "a", "pos": ["b"], "pos_scores": [null]}', "pos_scores_is_no_list_of_numbers"),
+        ('{"query": "a", "pos": ["b"], "pos_scores": 1}', "pos_scores_is_no_list_of_numbers"),
     ],
 )
 def test_a_malformed_row_is_a_reject_with_its_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
@@ -60,6 +84,36 @@ def test_a_malformed_row_is_a_reject_with_its_line(tmp_path: Path, line: str | b
     assert isinstance(reject, Reject)
     assert (reject.row, reject.reason) == (2, reason)
     assert len(reject.query.encode()) < 1000
+
+
+def test_a_row_may_say_its_source_task_and_scores(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "pairs.jsonl",
+        json.dumps({**GOOD, "source": "law", "pos_scores": [3], "neg_scores": [-1.5]}),
+        json.dumps({"query": "a", "pos": ["b"], "task": "similarity", "score": 0, "source": "sts"}),
+        json.dumps({**GOOD, "task": "classification", "neg_scores": None}),
+        json.dumps({"query": "a", "pos": ["b"], "task": "retrieval", "score": "high", "pos_scores": [0.5]}),
+    )
+    found = [item for item in read_jsonl(path) if isinstance(item, Pair)]
+    assert [(pair.source, pair.task, pair.score, pair.teacher) for pair in found] == [
+        ("law", "retrieval", None, (3.0, -1.5)),
+        ("sts", "similarity", 0.0, None),
+        ("jsonl", "classification", None, None),
+        ("jsonl", "retrieval", None, (0.5,)),
+    ]
+
+
+def test_where_the_recipe_names_source_and_task_a_row_cannot_say_others(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "pairs.jsonl",
+        json.dumps({**GOOD, "source": "elsewhere", "score": 1}),
+        json.dumps({**GOOD, "task": "classification"}),
+    )
+    pair, reject = read_jsonl(path, source="mine", task="retrieval")
+    assert isinstance(pair, Pair)
+    assert (pair.source, pair.task, pair.score) == ("mine", "retrieval", None)
+    assert isinstance(reject, Reject)
+    assert (reject.source, reject.reason) == ("mine", "task_is_not_its_sources")
 
 
 def test_a_file_of_malformed_rows_names_the_first(tmp_path: Path) -> None:

@@ -52,6 +52,24 @@ def test_no_query_or_answer_leaks_over_the_sides(data: st.DataObject) -> None:
         assert near or held & answers[row]
 
 
+def test_only_queries_with_an_answer_are_held_out() -> None:
+    texts = [f"{chr(0x4E00 + 50 * i)}{chr(0x4E01 + 50 * i)}{chr(0x4E02 + 50 * i)}" for i in range(40)]
+    has_answer = np.arange(40) % 4 == 0
+    found = split_queries(
+        lambda: iter(texts),
+        Links.of([(i, i) for i in range(40)]),
+        num_queries=40,
+        num_passages=40,
+        dev_queries=4,
+        test_queries=5,
+        near_duplicate=0.5,
+        seed=0,
+        has_answer=has_answer,
+    )
+    assert (len(found.test), len(found.dev)) == (5, 4)
+    assert has_answer[list(found.test + found.dev)].all()
+
+
 def test_reasons_name_the_side_and_test_wins_over_dev() -> None:
     texts = [f"{chr(0x4E00 + 50 * i)}{chr(0x4E01 + 50 * i)}{chr(0x4E02 + 50 * i)}" for i in range(40)]
     pairs = [(i, i) for i in range(40)]

@@ -3,12 +3,14 @@
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peg.data.store import Store, StoreWriter, open_store
 from peg.errors import InputError
 from peg.workspace import read_json
 
+NO_SCORES = {"score": None, "teacher_positives": None, "teacher_negatives": None}
 PAIRS = [
     {"query": i, "positives": list(range(i % 3 + 1)), "negatives": [], "source": "s", "domain": "d", "task": "t"}
     for i in range(25)
@@ -30,7 +32,7 @@ def test_what_is_written_is_read_over_shards(tmp_path: Path) -> None:
     assert store.num_rows("passages") == 25
     assert list(store.texts("passages")) == [f"文{i}" for i in range(25)]
     assert store.texts_at("passages", [24, 3]) == {3: "文3", 24: "文24"}
-    assert list(store.rows("pairs")) == PAIRS
+    assert list(store.rows("pairs")) == [pair | NO_SCORES for pair in PAIRS]
     assert store.columns("pairs", ["query", "positives"]) == {
         "query": [pair["query"] for pair in PAIRS],
         "positives": [pair["positives"] for pair in PAIRS],
@@ -38,6 +40,24 @@ def test_what_is_written_is_read_over_shards(tmp_path: Path) -> None:
     values, offsets = store.ragged("pairs", "positives")
     assert [values[low:high].tolist() for low, high in pairwise(offsets)] == [pair["positives"] for pair in PAIRS]
     store.verify()
+
+
+def test_columns_of_numbers_come_as_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peg.data.store._GROUP_ROWS", 4)
+    with StoreWriter(tmp_path, tables=["pairs"], shard_rows=10) as writer:
+        for i, pair in enumerate(PAIRS):
+            scores = {"score": i / 2, "teacher_positives": [i + j / 4 for j in range(i % 3 + 1)]} if i % 4 else {}
+            writer.add("pairs", **{**pair, "source": "ab"[i % 5 == 0], "task": "xy"[i > 20]}, **scores)
+    store = open_store(tmp_path)
+    assert store.array("pairs", "query").tolist() == list(range(25))
+    np.testing.assert_array_equal(store.array("pairs", "score"), [i / 2 if i % 4 else np.nan for i in range(25)])
+    names, place = store.groups("pairs", ["source", "task"])
+    assert names == [("b", "x"), ("a", "x"), ("a", "y")]
+    assert [names[one] for one in place] == [("ab"[i % 5 == 0], "xy"[i > 20]) for i in range(25)]
+    values, offsets = store.ragged("pairs", "teacher_positives")
+    found = [values[low:high].tolist() for low, high in pairwise(offsets)]
+    assert found == [[i + j / 4 for j in range(i % 3 + 1)] if i % 4 else [] for i in range(25)]
+    assert store.ragged("pairs", "positives")[0].dtype == np.uint32
 
 
 def test_row_groups_smaller_than_shards_change_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

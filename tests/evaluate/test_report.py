@@ -9,6 +9,7 @@ import pytest
 from peg.evaluate.beir import RetrievalSet
 from peg.evaluate.report import Findings, choose_examples, headline, render
 from peg.evaluate.suite import SystemResult, compare
+from peg.model.bins import Bin
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 METRICS = ("ndcg_at_10", "recall_at_10", "mrr_at_10")
@@ -46,6 +47,7 @@ def findings(**changes: Any) -> Findings:
         data=data,
         train_curve={"step": steps} | {name: [1 / step for step in steps] for name in columns},
         dev_curve={"step": [0.0, 30.0], "ndcg_at_10": [0.1, 0.3]},
+        weighting={},
         counts={
             "prepare": {"rejected": {"too <short>": 1234}},
             "train": {"examples": 28012, "steps": 30, "best": None},
@@ -173,3 +175,10 @@ def test_kinds_that_run_out_are_filled_up() -> None:
 def test_curves_without_rows_leave_their_charts_out() -> None:
     page = Page(render(findings(dev_curve={"step": [], "ndcg_at_10": []})))
     assert page.tags.count("figure") == 7
+
+
+def test_the_weighting_has_figures_of_its_own_where_training_wrote_its_table() -> None:
+    bins = [Bin("negatives", -0.01, 0.0, 0.9, 0.8, 0.3), Bin("negatives", 0.0, 0.01, 0.1, 2.8, 0.7)]
+    page = Page(render(findings(weighting={"negatives": {"start": bins}})))
+    assert page.tags.count("figure") == 9 and "What the weighting does to a batch" in page.text
+    assert "What the weighting does to a batch" not in Page(render(findings())).text

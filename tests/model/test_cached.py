@@ -6,8 +6,10 @@ from peg.errors import StageError
 from peg.model.cached import LocalTexts, StepSettings, accumulate_gradients
 from peg.model.distributed import Alone
 from peg.model.encoder import Encoder
-from peg.model.losses import Columns, Exponents
+from peg.model.losses import Columns
 from peg.model.microbatch import pad_ids
+from peg.model.objective import Targets, info_nce
+from peg.model.weighting import progressive
 from tests.conftest import make_encoder, make_texts
 from tests.model.naive import naive_loss
 
@@ -18,12 +20,9 @@ MASKED = [(1, 5), (4, 0)]
 
 def settings(**changes: object) -> StepSettings:
     values: dict[str, object] = {
-        "temperature": 0.1,
-        "exponents": Exponents(0.4, 0.3),
-        "margin": None,
+        "objective": info_nce(temperature=0.1, weights=progressive(a=0.4, b=0.3, temperature=0.1), score_block=4 * M),
         "micro_batch_tokens": 64,
         "keep_activations_tokens": 0,
-        "score_block": 4,
         "precision": "fp32",
         "dropout_seed": 5,
     }
@@ -36,9 +35,8 @@ def texts(encoder: Encoder) -> LocalTexts:
     rows = torch.tensor(MASKED).T.contiguous()
     return LocalTexts(
         ids=[np.asarray(one) for one in ids],
-        query_position=torch.arange(N),
-        num_queries=N,
-        columns=Columns(POSITIVE, rows[0], rows[1]),
+        query_rank=torch.zeros(N, dtype=torch.int64),
+        targets=Targets("retrieval", Columns(POSITIVE, rows[0], rows[1]), None, None, None),
     )
 
 

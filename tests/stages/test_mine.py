@@ -96,3 +96,30 @@ def test_skipped_ranks_are_in_no_full_pool(prepared: Store, encoder_folder: Path
     assert metrics["dropped"]["skipped"] == 21 * 4
     assert all(rank > 4 for i, one in enumerate(triples) if i != 3 for rank in one["ranks"])
     assert metrics["pool"]["filled"] == 0
+
+
+def test_pairs_of_other_tasks_keep_to_the_negatives_of_their_source(encoder_folder: Path, tmp_path: Path) -> None:
+    labels = {"source": "s", "domain": "d"}
+    with StoreWriter(tmp_path / "prepared", tables=["passages", "queries", "pairs"], shard_rows=8) as writer:
+        for i, text in enumerate(make_texts(20, seed=1)):
+            writer.add("passages", passage_id=str(i), text=text)
+        for i, text in enumerate(make_texts(3, seed=2)):
+            writer.add("queries", query_id=str(i), text=text)
+        writer.add("pairs", query=0, positives=[0], negatives=[5], teacher_negatives=[0.5], teacher_positives=[2.5],
+                   task="retrieval", **labels)  # fmt: skip
+        writer.add("pairs", query=1, positives=[1], negatives=[7, 6], task="classification", **labels)
+        writer.add("pairs", query=0, positives=[2], negatives=[], score=0.25, task="similarity", **labels)
+        writer.add("pairs", query=2, positives=[3], negatives=[], task="retrieval", **labels)
+    prepared = open_store(tmp_path / "prepared")
+    triples, metrics = run(prepared, encoder_folder, tmp_path, max_score_ratio=100.0, pool_size=20)
+    assert [one["task"] for one in triples] == ["retrieval", "classification", "similarity", "retrieval"]
+    assert [one["negatives"] for one in triples[1:3]] == [[7, 6], []]
+    assert [len(one["scores"]) for one in triples[1:3]] == [2, 0]
+    assert [one["score"] for one in triples] == [None, None, 0.25, None]
+    assert triples[0]["negatives"][0] == 5
+    assert set(triples[0]["negatives"]) == set(range(1, 20))  # 2 too: compared with the query, not its answer
+    assert triples[0]["teacher_positives"] == [2.5]
+    assert triples[0]["teacher_negatives"] == [0.5] + [None] * (len(triples[0]["negatives"]) - 1)
+    assert triples[3]["teacher_negatives"] is None
+    assert (metrics["pairs"], metrics["not_mined"]) == (2, 2)
+    assert metrics["pool"]["mean"] == np.mean([len(triples[0]["negatives"]), len(triples[3]["negatives"])])

@@ -215,3 +215,61 @@ def test_two_sources_of_one_name_are_refused(source: Path, tmp_path: Path) -> No
     twice = Data.model_validate(data.model_dump() | {"sources": data.sources * 2})
     with pytest.raises(InputError, match="one, one; give each source a name"):
         run(twice, tmp_path)
+
+
+def write_source(path: Path, rows: list[dict[str, Any]], task: str) -> dict[str, Any]:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return {"name": path.stem, "format": "jsonl", "path": str(path), "domain": "d", "task": task, "limit": None}
+
+
+def test_scored_pairs_are_rows_of_their_own_and_never_held_out(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    asked = [{"query": sentence(rng, 12), "pos": [sentence(rng, 20)]} for _ in range(40)]
+    query, other = asked[0]["query"], asked[0]["pos"][0]
+    alike = [{"query": sentence(rng, 12), "pos": [sentence(rng, 12)], "score": i / 40} for i in range(40)]
+    alike[1] |= {"query": alike[0]["query"]}  # one sentence with two others
+    alike[2] |= {"query": query, "pos": [other]}  # an answer, compared with its question
+    sources = (
+        write_source(tmp_path / "asked.jsonl", asked, "retrieval"),
+        write_source(tmp_path / "alike.jsonl", [*alike, alike[5]], "similarity"),
+    )
+    data = make_data(tmp_path, sources=sources, holdout=HOLDOUT | {"dev_queries": 3, "test_queries": 3})
+    store, dev, test, metrics = run(data, tmp_path / "out")
+    queries, passages = list(store.texts("queries")), list(store.texts("passages"))
+    found = {
+        (queries[pair["query"]], passages[pair["positives"][0]]): pair["score"]
+        for pair in store.rows("pairs")
+        if pair["task"] == "similarity"
+    }
+    expected = {(row["query"], row["pos"][0]): row["score"] for row in alike}
+    held_out = {*dev.queries.values(), *test.queries.values()}
+    if query in held_out:
+        del expected[query, other]
+    assert found == expected
+    assert all(pair["score"] is None for pair in store.rows("pairs") if pair["task"] == "retrieval")
+    assert metrics["sources"]["alike"]["rejected"] == {"duplicate": 1}
+    assert held_out <= {row["query"] for row in asked}
+    assert {test.corpus[row] for judged in test.qrels.values() for row in judged} <= {row["pos"][0] for row in asked}
+
+
+def test_a_teachers_scores_stay_with_their_passages(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    texts = [sentence(rng, 12) for _ in range(9)]
+    rows = [
+        {"query": texts[0], "pos": [texts[1], "短"], "neg": [texts[2]], "pos_scores": [1, 9], "neg_scores": [2]},
+        {"query": texts[0], "pos": [texts[3]], "neg": [texts[2], texts[4]], "pos_scores": [3], "neg_scores": [9, 4]},
+        {"query": texts[0], "pos": [texts[5]]},  # merged with the two above, and never scored
+        {"query": texts[6], "pos": [texts[7]], "neg": [texts[8]]},
+    ]
+    sources = (write_source(tmp_path / "one.jsonl", rows, "retrieval"),)
+    data = make_data(tmp_path, sources=sources, holdout=HOLDOUT | {"dev_queries": 0, "test_queries": 0})
+    paths = {name: tmp_path / name for name in ("prepared", "dev", "test", "scratch")}
+    prepare(data, seed=0, **paths)
+    store = open_store(tmp_path / "prepared")
+    passages = list(store.texts("passages"))
+    merged, plain = store.rows("pairs")
+    assert [passages[row] for row in merged["positives"]] == [texts[1], texts[3], texts[5]]
+    assert merged["teacher_positives"] == [1, 3, None]
+    assert [passages[row] for row in merged["negatives"]] == [texts[2], texts[4]]
+    assert merged["teacher_negatives"] == [2, 4]
+    assert plain["teacher_positives"] is plain["teacher_negatives"] is None

@@ -12,7 +12,7 @@ from peg.model.distributed import Alone
 from peg.model.encoder import WEIGHTS, Encoder
 from peg.train import loop
 from peg.workspace import file_sha256, read_json
-from tests.train.small import prepare_small, write_small_dev
+from tests.train.small import prepare_small, taught_examples, write_small_dev
 
 CPU = torch.device("cpu")
 
@@ -64,6 +64,40 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(tmp_path: Path, uninterrupt
     assert read_json(folder / "summary.json") == read_json(uninterrupted / "summary.json")
 
 
+RICH = {
+    "ema_decay": 0.9,
+    "layer_decay": 0.7,
+    "lora": {"rank": 2, "alpha": 4.0},
+    "gradient_checkpointing": True,
+    "one_source_batches": True,
+    "passage_to_query": 0.5,
+    "distillation": {"weight": 0.5, "temperature": 1.0},
+    "matryoshka_dims": (8, 16),
+    "max_loss_ratio": 50.0,
+    "keep_best": False,
+}
+
+
+def test_a_run_with_every_recipe_on_ends_in_the_same_bits_and_an_ordinary_model(
+    tmp_path: Path, encoder_folder: Path
+) -> None:
+    pytest.importorskip("peft", reason="LoRA needs the extra `lora`: pip install 'peg-pipeline[lora]'")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder in (whole, again):
+        prepare_small(folder, encoder_folder, examples=taught_examples(), **RICH)
+    train(whole)
+    with pytest.raises(Killed):
+        train(again, kill_at=7)
+    train(again)
+    assert file_sha256(again / "final" / WEIGHTS) == file_sha256(whole / "final" / WEIGHTS)
+    assert rows(again) == rows(whole)
+    assert {row["task"] for row in rows(whole)} == {"retrieval", "similarity", "classification"}
+    before, after = (Encoder.load(str(folder)).state_dict() for folder in (encoder_folder, whole / "final"))
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all(name.endswith("weight") for name in changed)
+
+
 def test_every_example_is_trained_on_in_every_epoch(uninterrupted: Path) -> None:
     steps = [row for row in rows(uninterrupted) if "loss" in row]
     assert len(steps) == 10
@@ -73,7 +107,12 @@ def test_every_example_is_trained_on_in_every_epoch(uninterrupted: Path) -> None
 def test_training_changes_the_weights_and_lowers_the_loss(tmp_path: Path, encoder_folder: Path) -> None:
     flat = {"shape": "constant", "start": 0.0, "end": 0.0}
     prepare_small(
-        tmp_path, encoder_folder, epochs=20, dropout=0.0, weighting={"negatives": flat, "queries": flat}, warmup=0.0
+        tmp_path,
+        encoder_folder,
+        epochs=20,
+        dropout=0.0,
+        weighting={"kind": "progressive", "negatives": flat, "queries": flat},
+        warmup=0.0,
     )
     train(tmp_path)
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
@@ -110,7 +149,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(tmp_path: Path
     weights["encoder.layer.0.attention.self.query.weight"][0, 0] = float("nan")
     save_file(weights, broken / WEIGHTS, metadata={"format": "pt"})
     prepare_small(tmp_path / "work", broken)
-    with pytest.raises(StageError, match=r"step 1: loss nan.*training rows \d+.*checkpoints"):
+    with pytest.raises(StageError, match=r"step 1: loss nan.*training rows \d+.*no step was saved"):
         train(tmp_path / "work")
 
 
