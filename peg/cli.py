@@ -198,6 +198,14 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command("round")
+def next_round() -> None:
+    """Let the next run mine and train from the model that was trained: params.yaml is pointed at it."""
+    from peg import rounds
+
+    print(rounds.next_round(Path.cwd()))
+
+
 @recipe_app.command("list")
 def recipe_list() -> None:
     """List the recipes, with a line on each; * marks the one in use."""

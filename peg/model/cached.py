@@ -86,7 +86,8 @@ def _embed(
     kept: dict[int, Tensor] = {}
     kept_tokens = 0
     for index, rows in enumerate(micro_batches):
-        kept_tokens += len(rows) * len(texts.ids[rows[0]])
+        lengths = [len(texts.ids[row]) for row in rows]
+        kept_tokens += sum(lengths) if encoder.packed else len(lengths) * max(lengths)
         with torch.set_grad_enabled(kept_tokens <= settings.keep_activations_tokens):
             rows_BD = _embed_one(encoder, texts, rows, index, settings)
         embedding_TD[torch.from_numpy(rows)] = rows_BD.detach()

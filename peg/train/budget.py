@@ -1,6 +1,7 @@
 """How many tokens a micro-batch has: what the recipe says, or what the GPU was found to hold."""
 
 import numpy as np
+import torch
 
 from peg.config import Train
 from peg.model.cached import autocast
@@ -27,4 +28,8 @@ def micro_batch_tokens(encoder: Encoder, config: Train) -> int:
         rows_BD.sum().backward()  # type: ignore[no-untyped-call]
         encoder.zero_grad(set_to_none=True)
 
-    return auto_token_budget(step, start=max(_START, length), limit=_LIMIT)
+    # AdamW's two moments and a running mean are made at the first step: the trial leaves their place free
+    later = [torch.empty_like(one) for one in encoder.parameters() if one.requires_grad for _ in range(3)]
+    budget = auto_token_budget(step, start=max(_START, length), limit=_LIMIT)
+    del later
+    return budget
