@@ -64,7 +64,7 @@ def train(
     params = config.with_train(config.load(), {key: value for key, value in changes.items() if value is not None})
     if params.train.data is not None:
         if launcher == "ray":
-            raise InputError("own data is trained on in this process; leave --launcher out, or set train.data to null")
+            raise InputError("own data is trained on this machine; leave --launcher out, or set train.data to null")
         from peg.own_data import finetune_with
 
         print(f"the model is in {finetune_with(params, output=output)}")

@@ -14,6 +14,7 @@ import yaml
 from peg.config import Config
 from peg.errors import InputError
 from peg.model.encoder import WEIGHTS, weights_sha256
+from peg.train.identity import cpu_model
 from peg.workspace import read_json
 
 # fmt: off
@@ -108,20 +109,11 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def without_credentials(value: Any) -> Any:

@@ -81,8 +81,7 @@ def accumulate_gradients(
 def _embed(
     encoder: Encoder, texts: LocalTexts, micro_batches: list[np.ndarray], settings: StepSettings
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    dtype = torch.promote_types(next(encoder.parameters()).dtype, torch.float32)
-    embedding_TD = torch.empty(len(texts.ids), encoder.dimension, dtype=dtype, device=encoder.device)
+    embedding_TD = torch.empty(len(texts.ids), encoder.dimension, dtype=encoder.row_dtype, device=encoder.device)
     kept: dict[int, Tensor] = {}
     kept_tokens = 0
     for index, rows in enumerate(micro_batches):

@@ -103,6 +103,11 @@ class Encoder(nn.Module):
         return int(self.backbone.config.hidden_size)
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """Of an embedding: fp32, or the weights' own precision if that is higher."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

@@ -67,7 +67,7 @@ def _embed(encoder: Encoder, table: TokenTable, group: Group, *, budget: int) ->
     lengths = table.lengths(np.arange(len(table)))
     rank = share_by_tokens(lengths, world_size=group.world_size)
     mine = np.flatnonzero(rank == group.rank)
-    rows_TD = torch.empty(len(mine), encoder.dimension, device=encoder.device)
+    rows_TD = torch.empty(len(mine), encoder.dimension, dtype=encoder.row_dtype, device=encoder.device)
     for batch in token_batches(lengths[mine], budget=budget, padded=not encoder.packed):
         rows_TD[torch.from_numpy(batch)] = encoder.embed([table[row] for row in mine[batch]])
     return group.gather_rows(rows_TD, torch.from_numpy(rank).to(encoder.device))

@@ -72,7 +72,7 @@ def table_rows(bins: Sequence[Bin], *, step: int, progress: float, moment: Momen
 
 
 def _embed(encoder: Encoder, ids: list[np.ndarray], *, budget: int) -> torch.Tensor:
-    rows_TD = torch.empty(len(ids), encoder.dimension, device=encoder.device)
+    rows_TD = torch.empty(len(ids), encoder.dimension, dtype=encoder.row_dtype, device=encoder.device)
     for batch in token_batches([len(one) for one in ids], budget=budget, padded=not encoder.packed):
         rows_TD[torch.from_numpy(batch)] = encoder.embed([ids[row] for row in batch])
     return rows_TD

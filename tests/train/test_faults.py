@@ -183,7 +183,6 @@ class InFloat64:
 
 def rank_in_float64(rank: int, world_size: int, folder: Path, kill_at: int | None) -> None:
     loop.Encoder = InFloat64  # type: ignore[assignment,misc]
-    loop.moment_of = lambda *_, **__: None
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/met-{kill_at}", rank=rank, world_size=world_size)
     try:
@@ -201,7 +200,6 @@ def test_another_number_of_workers_goes_on_with_the_same_training(
 ) -> None:
     """Same batches, same schedule; losses and weights equal to 1e-9 in float64, and a line that says what differs."""
     monkeypatch.setattr(loop, "Encoder", SimpleNamespace(load=InFloat64.load))
-    monkeypatch.setattr(loop, "moment_of", lambda *_, **__: None)  # the table of weights is made in fp32
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     for folder in (whole, changed):
         prepare_small(folder, encoder_folder, dropout=0.0)
