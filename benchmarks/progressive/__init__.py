@@ -1,0 +1,1 @@
+"""Does progressive weighting help? Five weightings, several domains, clean and noisy positives."""
