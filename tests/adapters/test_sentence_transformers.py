@@ -164,7 +164,7 @@ def test_the_librarys_trainer_trains_with_it(
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     model = SentenceTransformer(str(encoder_folder), device="cpu")
-    anchors, positives, negatives = make_texts(60, seed=9), make_texts(60, seed=10), make_texts(60, seed=11)
+    anchors, positives, negatives = make_texts(40, seed=9), make_texts(40, seed=10), make_texts(40, seed=11)
     pairs = Dataset.from_dict({"anchor": anchors, "positive": positives, "negative": negatives})
     loss = loss_of(model, PROGRESSIVE, num_steps=None, mini_batch_tokens=mini_batch_tokens)
     arguments = SentenceTransformerTrainingArguments(
@@ -173,7 +173,7 @@ def test_the_librarys_trainer_trains_with_it(
         per_device_train_batch_size=10,
         learning_rate=3e-3,
         lr_scheduler_type="constant",
-        logging_steps=6,
+        logging_steps=4,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peg.config import TrainSource
@@ -59,6 +59,7 @@ def plans(draw: st.DrawFn) -> Plan:
     sizes = draw(st.lists(st.integers(0, 14), min_size=1, max_size=4).filter(any))
     tasks = [draw(st.sampled_from(TASKS)) for _ in sizes]
     weights = tuple(draw(st.sampled_from([0.5, 1.0, 1.3, 2.0, 2.5])) for _ in sizes)
+    assume(any(round(weight * size) for weight, size in zip(weights, sizes, strict=True)))
     examples = several_sources(sizes, tasks, shuffled=draw(st.booleans()), seed=draw(st.integers(0, 99)))
     return make_plan(
         examples,
