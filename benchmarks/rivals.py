@@ -4,7 +4,7 @@
     python -m benchmarks.rivals --queries 64 --pooling cls --rounds 5
 
 First the parameters' gradients are compared, with dropout off; then steps are timed in turns. Memory is what one step
-adds to a fresh process that holds model and texts. Rivals take the mini-batch size that costs them least CPU time.
+adds to a fresh process that holds model and texts. Each takes the mini-batch size that costs it least CPU time.
 sentence-transformers must be installed; GradCache and FlagEmbedding are measured where they are.
 """
 
@@ -34,10 +34,11 @@ CPU = torch.device("cpu")
 PEG, CACHED, GRAD_CACHE, FLAG = "peg", "sentence-transformers", "GradCache", "FlagEmbedding"
 SIZES = {
     PEG: (1024, 2048),  # tokens
-    CACHED: (4, 8, 16, 32, 64, 128),  # texts
-    GRAD_CACHE: (16, 32, 64),
+    CACHED: (4, 8, 16, 32, 64),  # texts of a column
+    GRAD_CACHE: (8, 16, 32),
     FLAG: (16, 32, 64),
 }
+SEARCH_QUERIES = 64
 FLAG_MOST_QUERIES = 64  # it keeps all activations: 256 queries would take tens of GB
 
 
@@ -163,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=21128, help="BERT's Chinese one by default")
     parser.add_argument("--dropout", type=float, default=0.1, help="while timing; gradients are compared without")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=int, default=0, help="tokens whose activations our step keeps")
     parser.add_argument("--bf16-queries", type=int, default=8, help="for gradients in bf16 against fp32; 0 for none")
     parser.add_argument("--fresh", help=argparse.SUPPRESS)
@@ -217,15 +218,10 @@ def _compare(
         print(f"  gradient of {name}: cosine 1 - {1 - cosine:.1e}, length x {ratio:.7f}")
 
     folder = _write_model(temporary, arguments, pooling=pooling, dropout=arguments.dropout)
-    trainers, sizes = {}, {}
-    for name in present:
-        spent: dict[int, float] = {}
-        for size in _sizes(name, num_queries, arguments):
-            trainer = TRAINERS[name](folder, batch, size, precision="fp32", keep=arguments.keep)
-            spent[size] = measure(trainer.step).cpu_s
-            if spent[size] == min(spent.values()):
-                trainers[name], sizes[name] = trainer, size
-        print(f"  {name}: CPU s by size " + ", ".join(f"{size}: {spent[size]:.2f}" for size in spent), flush=True)
+    sizes = {name: _best_size(name, folder, batch, arguments) for name in present}
+    trainers = {
+        name: TRAINERS[name](folder, batch, size, precision="fp32", keep=arguments.keep) for name, size in sizes.items()
+    }
     uses: dict[str, list[Use]] = {name: [] for name in present}
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():
@@ -235,13 +231,18 @@ def _compare(
     )
 
 
-def _sizes(name: str, num_queries: int, arguments: argparse.Namespace) -> list[int]:
-    """Mini-batches to try; sentence-transformers' are of one column, which has as many texts as there are queries."""
-    if name == PEG:
-        return [*SIZES[PEG]]
-    most = num_queries if name == CACHED else 6 * num_queries
-    tried = arguments.rival_sizes or SIZES[name]
-    return [size for size in tried if size <= most] or [most]
+def _best_size(name: str, folder: Path, batch: Batch, arguments: argparse.Namespace) -> int:
+    """Of those tried, the size that costs least CPU time on the batch's first queries."""
+    num_queries = min(len(batch.queries), SEARCH_QUERIES)
+    group = 1 + arguments.negatives
+    part = Batch(batch.queries[:num_queries], batch.passages[: num_queries * group])
+    sizes = SIZES[name] if name == PEG else arguments.rival_sizes or SIZES[name]
+    spent = {}
+    for size in sizes:
+        trainer = TRAINERS[name](folder, part, size, precision="fp32", keep=arguments.keep)
+        spent[size] = measure(trainer.step).cpu_s
+    print(f"  {name}: CPU s by size " + ", ".join(f"{size}: {spent[size]:.2f}" for size in spent), flush=True)
+    return min(spent, key=spent.__getitem__)
 
 
 def _print_table(present: list[str], sizes: dict[str, int], uses: dict[str, list[Use]], memory: dict[str, Use]) -> None:

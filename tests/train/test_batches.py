@@ -40,7 +40,7 @@ def several_sources(sizes: list[int], tasks: list[str], *, shuffled: bool = Fals
     for number in source:
         drawn = rng.sample(range(num_passages), rng.randint(1, 2) + rng.randint(0, 6))
         positives.append(drawn[:1] if tasks[number] == "similarity" or len(drawn) < 3 else drawn[:2])
-        negatives.append([] if tasks[number] == "similarity" else drawn[len(positives[-1]) :])
+        negatives.append(drawn[len(positives[-1]) :])
     good, bad = Ragged.of(positives), Ragged.of(negatives)
     return make_examples(
         np.array([rng.randrange(12) for _ in source], dtype=np.int64),
