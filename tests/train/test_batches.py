@@ -239,7 +239,7 @@ def test_own_passages_are_the_positive_and_negatives_of_the_rows_pool(plan: Plan
         held: set[int] = set(one.passage[one.positive].tolist())
         for row, own in zip(one.example, one.own, strict=True):
             known = set(examples.known_positives[examples.query[row]].tolist())
-            pool = examples.negatives[row].tolist()
+            pool = [] if one.task == "similarity" else examples.negatives[row].tolist()
             drawn = one.passage[own[1:][own[1:] >= 0]].tolist()
             assert len(drawn) == len(set(drawn))
             assert set(drawn) <= set(pool) - known
