@@ -23,7 +23,7 @@ import torch
 from benchmarks.workload import TEMPERATURE, Batch, local_texts, make_batch, make_encoder, plain_settings
 from peg.model.cached import accumulate_gradients
 from peg.model.distributed import Alone
-from peg.model.encoder import Encoder
+from peg.model.encoder import Encoder, quiet_transformers
 from peg.model.microbatch import pad_ids
 
 GROUP = 6
@@ -103,7 +103,8 @@ def _report_rival(encoder: Encoder, batch: Batch, arguments: argparse.Namespace,
     device = encoder.device
     with tempfile.TemporaryDirectory() as folder:
         encoder.save(Path(folder))
-        model = SentenceTransformer(folder, device=str(device)).train()
+        with quiet_transformers():
+            model = SentenceTransformer(folder, device=str(device)).train()
     texts = [batch.queries, *(batch.passages[start::GROUP] for start in range(GROUP))]
     columns = []
     for column in texts:

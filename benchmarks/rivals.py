@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.workload import TEMPERATURE, Batch, Use, local_texts, make_batch, make_encoder, measure, plain_settings
 from peg.model.cached import accumulate_gradients
 from peg.model.distributed import Alone
-from peg.model.encoder import Encoder
+from peg.model.encoder import Encoder, quiet_transformers
 from peg.model.microbatch import pad_ids
 
 CPU = torch.device("cpu")
@@ -63,7 +63,8 @@ def sentence_transformers(folder: Path, batch: Batch, size: int, *, precision: s
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    model = SentenceTransformer(str(folder), device="cpu").train()
+    with quiet_transformers():
+        model = SentenceTransformer(str(folder), device="cpu").train()
     loss_of = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=size)
     group = len(batch.passages) // len(batch.queries)
     columns = [_padded(texts) for texts in (batch.queries, *(batch.passages[start::group] for start in range(group)))]
